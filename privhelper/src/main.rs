@@ -1,1 +1,5 @@
+//! The privileged helper of RVPN.
+#![expect(dead_code, reason = "the daemon is being put together")]
+mod config;
+mod plan;
 fn main() {}

@@ -1,0 +1,252 @@
+//! A blocking client half, for tests and tools.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use crate::frame::{
+    Class, FLAG_RESUMED, FLAG_SUCCESSOR, FrameError, Generation, Key, Kind, Notice, Op, REPLY_LEN,
+    Reply, Request, Slot, Status,
+};
+use crate::{EXCHANGE_TIMEOUT, seqpacket};
+
+/// Why a request got no lease.
+#[derive(Debug)]
+pub enum ClientError {
+    /// The socket failed or timed out.
+    Io(io::Error),
+    /// Whoever listens is not the user the helper runs as.
+    WrongPeer {
+        /// The uid found.
+        found: u32,
+        /// The uid it should have.
+        expected: u32,
+    },
+    /// The answer is not a frame.
+    Frame(FrameError),
+    /// The helper said no.
+    Refused(Reply),
+    /// The helper closed the connection.
+    Closed,
+    /// The answer does not fit the request.
+    Mismatch(&'static str),
+}
+
+impl fmt::Display for ClientError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ClientError::Io(e) => write!(f, "helper socket: {e}"),
+            ClientError::WrongPeer { found, expected } => write!(
+                f,
+                "the helper socket is served by uid {found}, not by the helper's uid {expected}: another program is in its place"
+            ),
+            ClientError::Frame(e) => write!(f, "the helper's answer: {e}"),
+            ClientError::Refused(r) => write!(f, "the helper refused: {}", r.status),
+            ClientError::Closed => f.write_str("the helper closed the connection"),
+            ClientError::Mismatch(what) => write!(f, "the helper's answer does not fit: {what}"),
+        }
+    }
+}
+
+impl std::error::Error for ClientError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            ClientError::Io(e) => Some(e),
+            ClientError::Frame(e) => Some(e),
+            _ => None,
+        }
+    }
+}
+
+impl From<io::Error> for ClientError {
+    fn from(e: io::Error) -> Self {
+        ClientError::Io(e)
+    }
+}
+
+/// A slot of the pool in our hands.
+#[derive(Debug)]
+pub struct Lease {
+    /// Addresses and the rest, as answered.
+    pub reply: Reply,
+    /// The attached TUN, for kinds that have one.
+    pub tun: Option<OwnedFd>,
+}
+
+impl Lease {
+    /// Whether the key had the slot already.
+    pub fn resumed(&self) -> bool {
+        self.reply.flags & FLAG_RESUMED != 0
+    }
+}
+
+/// One connection to the helper.
+#[derive(Debug)]
+pub struct Client {
+    socket: OwnedFd,
+    seq: u32,
+    notices: VecDeque<Notice>,
+}
+
+impl Client {
+    /// Connects, checks that `helper_uid` serves the socket, and says hello.
+    pub fn connect(
+        path: &Path,
+        helper_uid: u32,
+        successor: bool,
+    ) -> Result<(Client, Reply), ClientError> {
+        let socket = seqpacket::connect(path)?;
+        seqpacket::set_timeout(socket.as_fd(), EXCHANGE_TIMEOUT)?;
+        let found = seqpacket::peer_cred(socket.as_fd())?.uid;
+        if found != helper_uid {
+            return Err(ClientError::WrongPeer {
+                found,
+                expected: helper_uid,
+            });
+        }
+        let mut client = Client {
+            socket,
+            seq: 0,
+            notices: VecDeque::new(),
+        };
+        let flags = if successor { FLAG_SUCCESSOR } else { 0 };
+        let request = Request {
+            flags,
+            ..Request::new(Op::Hello, client.next())
+        };
+        let reply = client.exchange(&request)?.reply;
+        Ok((client, reply))
+    }
+
+    fn next(&mut self) -> u32 {
+        self.seq = self.seq.checked_add(1).unwrap_or(1);
+        self.seq
+    }
+
+    /// The pool's figures.
+    pub fn describe(&mut self) -> Result<Reply, ClientError> {
+        let request = Request::new(Op::Describe, self.next());
+        Ok(self.exchange(&request)?.reply)
+    }
+
+    /// A slot for `key`.
+    pub fn acquire(&mut self, key: Key, kind: Kind, class: Class) -> Result<Lease, ClientError> {
+        let request = Request {
+            key,
+            kind: Some(kind),
+            class,
+            ..Request::new(Op::Acquire, self.next())
+        };
+        let lease = self.exchange(&request)?;
+        if lease.tun.is_some() != kind.has_tun() {
+            return Err(ClientError::Mismatch("the TUN descriptor"));
+        }
+        Ok(lease)
+    }
+
+    /// Claims a lease held before the helper or the gateway restarted.
+    pub fn confirm(
+        &mut self,
+        slot: Slot,
+        generation: Generation,
+        key: Key,
+    ) -> Result<Reply, ClientError> {
+        let request = Request {
+            slot,
+            generation,
+            key,
+            ..Request::new(Op::Confirm, self.next())
+        };
+        Ok(self.exchange(&request)?.reply)
+    }
+
+    /// Leaves the lease to its linger time. The caller closes its TUN first.
+    pub fn linger(&mut self, slot: Slot, generation: Generation) -> Result<(), ClientError> {
+        let request = Request {
+            slot,
+            generation,
+            ..Request::new(Op::Linger, self.next())
+        };
+        self.exchange(&request).map(drop)
+    }
+
+    /// Gives the lease back. The caller closes its TUN first.
+    pub fn release(&mut self, slot: Slot, generation: Generation) -> Result<(), ClientError> {
+        let request = Request {
+            slot,
+            generation,
+            ..Request::new(Op::Release, self.next())
+        };
+        self.exchange(&request).map(drop)
+    }
+
+    /// The oldest notice that arrived with an answer and was not taken yet.
+    pub fn take_notice(&mut self) -> Option<Notice> {
+        self.notices.pop_front()
+    }
+
+    /// Waits up to the exchange timeout for a notice.
+    pub fn wait_notice(&mut self) -> Result<Notice, ClientError> {
+        if let Some(notice) = self.notices.pop_front() {
+            return Ok(notice);
+        }
+        let (reply, _) = self.receive()?;
+        match reply.op {
+            None => Ok(Notice {
+                status: reply.status,
+                slot: reply.slot,
+                generation: reply.generation,
+            }),
+            Some(_) => Err(ClientError::Mismatch("an answer nobody waits for")),
+        }
+    }
+
+    /// The socket, for tests that send what this client would not.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn receive(&mut self) -> Result<(Reply, Option<OwnedFd>), ClientError> {
+        let mut buf = [0; REPLY_LEN];
+        let got = seqpacket::recv(self.socket.as_fd(), &mut buf, true)?;
+        if got.len == 0 {
+            return Err(ClientError::Closed);
+        }
+        if got.truncated || got.surplus_fds {
+            return Err(ClientError::Mismatch(
+                "more bytes or descriptors than one answer has",
+            ));
+        }
+        let reply = Reply::decode(&buf[..got.len]).map_err(ClientError::Frame)?;
+        Ok((reply, got.fd))
+    }
+
+    fn exchange(&mut self, request: &Request) -> Result<Lease, ClientError> {
+        seqpacket::send(self.socket.as_fd(), &request.encode(), None)?;
+        loop {
+            let (reply, tun) = self.receive()?;
+            match reply.op {
+                None => {
+                    let Reply {
+                        status,
+                        slot,
+                        generation,
+                        ..
+                    } = reply;
+                    self.notices.push_back(Notice {
+                        status,
+                        slot,
+                        generation,
+                    });
+                }
+                Some(op) if op != request.op || reply.seq != request.seq => {
+                    return Err(ClientError::Mismatch("operation or sequence number"));
+                }
+                Some(_) if reply.status == Status::Ok => return Ok(Lease { reply, tun }),
+                Some(_) => return Err(ClientError::Refused(reply)),
+            }
+        }
+    }
+}
