@@ -1,0 +1,4 @@
+//! What the session tests share.
+#![expect(dead_code, reason = "every test program uses another part of this")]
+
+pub(crate) mod fake_helper;
