@@ -186,7 +186,7 @@ impl TicketKey {
         let mut bytes = unhex(text).ok_or(TicketError::Foreign)?;
         let (head, body) = bytes.split_at_mut(1 + NONCE_LEN);
         let (format, nonce) = head.split_at(1);
-        let nonce = <[u8; NONCE_LEN]>::try_from(&nonce[..]).map_err(|_| TicketError::Foreign)?;
+        let nonce = <[u8; NONCE_LEN]>::try_from(nonce).map_err(|_| TicketError::Foreign)?;
         if format != [FORMAT] {
             return Err(TicketError::Foreign);
         }
