@@ -1,5 +1,6 @@
 //! What the administrator decides, and nobody else can.
 
+use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -99,4 +100,94 @@ pub(crate) struct Config {
     pub(crate) state: PathBuf,
     pub(crate) link_group: u32,
     pub(crate) offload: bool,
+}
+
+impl Net4 {
+    pub(crate) fn overlaps(self, other: Net4) -> bool {
+        let len = u32::from(self.len.min(other.len));
+        let differ = u32::from(self.addr) ^ u32::from(other.addr);
+        len == 0 || differ >> (32 - len) == 0
+    }
+}
+
+impl Net6 {
+    pub(crate) fn overlaps(self, other: Net6) -> bool {
+        let len = u32::from(self.len.min(other.len));
+        let differ = u128::from(self.addr) ^ u128::from(other.addr);
+        len == 0 || differ >> (128 - len) == 0
+    }
+}
+
+impl Net {
+    pub(crate) fn overlaps(self, other: Net) -> bool {
+        match (self, other) {
+            (Net::V4(a), Net::V4(b)) => a.overlaps(b),
+            (Net::V6(a), Net::V6(b)) => a.overlaps(b),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Net {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Net::V4(n) => write!(f, "{}/{}", n.addr, n.len),
+            Net::V6(n) => write!(f, "{}/{}", n.addr, n.len),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests_support {
+    use super::*;
+
+    pub(crate) fn example() -> Config {
+        Config {
+            pool4: Net4 {
+                addr: Ipv4Addr::new(10, 64, 0, 0),
+                len: 10,
+            },
+            pool6: Net6 {
+                addr: "fd52:5650:1::".parse().unwrap(),
+                len: 48,
+            },
+            stream4: Net4 {
+                addr: Ipv4Addr::new(10, 63, 192, 0),
+                len: 18,
+            },
+            stream6: Net6 {
+                addr: "fd52:5650:1:ffff::".parse().unwrap(),
+                len: 112,
+            },
+            slots: 4,
+            grow: 4,
+            max_slots: 16,
+            helper_uid: 0,
+            helper_gid: 0,
+            gateway_uid: 0,
+            gateway_gid: 0,
+            uplink: Uplink::DefaultRoute,
+            nat_low: 16384,
+            nat_high: 32767,
+            linger: Duration::from_secs(60),
+            ct_timeouts: CtTimeouts {
+                tcp_established: 7200,
+                tcp_transitory: 60,
+                udp: 30,
+                udp_replied: 120,
+            },
+            classes: vec![Class {
+                number: 0,
+                allow: vec![],
+                deny_ports: vec![],
+                flow_cap: 1024,
+            }],
+            mtu: 1500,
+            txqueuelen: 500,
+            socket: PathBuf::from("/run/rvpn/helper.sock"),
+            state: PathBuf::from("/run/rvpn-helper"),
+            link_group: 0x5276,
+            offload: true,
+        }
+    }
 }

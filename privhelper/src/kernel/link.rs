@@ -1,0 +1,360 @@
+//! Links, addresses and routes, many to a message batch.
+
+use std::io;
+use std::net::IpAddr;
+
+use crate::config::{Net, Net4, Net6};
+
+use super::netlink::{Buf, Message, Socket, attr_of, attrs, text_of, u16_at, u32_at};
+
+const RTM_NEWLINK: u16 = libc::RTM_NEWLINK;
+const ACK: libc::c_int = libc::NLM_F_ACK;
+/// Marks our routes, so that teardown finds them and nobody else's.
+const ROUTE_PROTOCOL: u8 = 0x52;
+const LOOPBACK: u32 = 1;
+const IFLA_INET_CONF: u16 = 1;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const ADDR_GEN_NONE: u8 = 1;
+const DEVCONF_FORWARDING: u16 = 1;
+const DEVCONF_SEND_REDIRECTS: u16 = 6;
+const EXT_SKIP_STATS: u32 = 8;
+
+/// A link as the kernel has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Link {
+    pub(crate) index: u32,
+    pub(crate) name: String,
+    pub(crate) group: u32,
+    pub(crate) alias: String,
+    pub(crate) mtu: u32,
+    pub(crate) up: bool,
+    /// For a TUN device: its owner, and whether it persists with a single queue and a virtio header.
+    pub(crate) tun: Option<TunState>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TunState {
+    pub(crate) owner: Option<u32>,
+    pub(crate) sound: bool,
+}
+
+/// What a device of ours is to become.
+pub(crate) struct Spec<'a> {
+    pub(crate) index: u32,
+    pub(crate) group: u32,
+    pub(crate) alias: &'a str,
+    pub(crate) mtu: u16,
+    pub(crate) txqueuelen: u32,
+    pub(crate) host4: Net4,
+    pub(crate) host6: Net6,
+}
+
+fn ifinfo(index: u32, flags: libc::c_int, change: libc::c_int) -> [u8; 16] {
+    let mut b = [0; 16];
+    b[4..8].copy_from_slice(&index.to_ne_bytes());
+    b[8..12].copy_from_slice(&flags.to_ne_bytes());
+    b[12..16].copy_from_slice(&change.to_ne_bytes());
+    b
+}
+
+/// Turns bare TUN devices into slots: tagged, silent, addressed and up.
+pub(crate) fn set_up(socket: &mut Socket, specs: &[Spec<'_>]) -> io::Result<()> {
+    let mut b = Buf::default();
+    for (i, s) in specs.iter().enumerate() {
+        b.message(RTM_NEWLINK, 0, &ifinfo(s.index, 0, 0), |b| {
+            b.ne32(libc::IFLA_GROUP, s.group)
+                .text(libc::IFLA_IFALIAS, s.alias)
+                .ne32(libc::IFLA_MTU, s.mtu.into())
+                .ne32(libc::IFLA_TXQLEN, s.txqueuelen)
+                .nest(libc::IFLA_AF_SPEC, |b| {
+                    b.nest(libc::AF_INET as u16, |b| {
+                        b.nest(IFLA_INET_CONF, |b| {
+                            b.ne32(DEVCONF_FORWARDING, 1)
+                                .ne32(DEVCONF_SEND_REDIRECTS, 0);
+                        });
+                    })
+                    .nest(libc::AF_INET6 as u16, |b| {
+                        b.attr(IFLA_INET6_ADDR_GEN_MODE, &[ADDR_GEN_NONE]);
+                    });
+                });
+        });
+        // Up is a message of its own: the kernel applies it before the address mode.
+        b.message(
+            RTM_NEWLINK,
+            0,
+            &ifinfo(s.index, libc::IFF_UP, libc::IFF_UP),
+            |_| {},
+        );
+        let v4 = s.host4.addr.octets();
+        add_address(&mut b, s.index, libc::AF_INET, s.host4.len, &v4, 0);
+        let ack = if i + 1 == specs.len() { ACK } else { 0 };
+        let v6 = s.host6.addr.octets();
+        add_address(&mut b, s.index, libc::AF_INET6, s.host6.len, &v6, ack);
+    }
+    if specs.is_empty() {
+        Ok(())
+    } else {
+        socket.run(&mut b)
+    }
+}
+
+fn add_address(
+    b: &mut Buf,
+    index: u32,
+    family: libc::c_int,
+    len: u8,
+    addr: &[u8],
+    ack: libc::c_int,
+) {
+    let mut fixed = [family as u8, len, libc::IFA_F_NODAD as u8, 0, 0, 0, 0, 0];
+    fixed[4..8].copy_from_slice(&index.to_ne_bytes());
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_REPLACE | ack;
+    b.message(libc::RTM_NEWADDR, flags, &fixed, |b| {
+        b.attr(libc::IFA_LOCAL, addr).attr(libc::IFA_ADDRESS, addr);
+    });
+}
+
+pub(crate) fn set_alias(socket: &mut Socket, index: u32, alias: &str) -> io::Result<()> {
+    let mut b = Buf::default();
+    b.message(RTM_NEWLINK, ACK, &ifinfo(index, 0, 0), |b| {
+        b.text(libc::IFLA_IFALIAS, alias);
+    });
+    socket.run(&mut b)
+}
+
+/// Brings every device of the group up or down at once.
+pub(crate) fn set_group_up(socket: &mut Socket, group: u32, up: bool) -> io::Result<()> {
+    let flags = if up { libc::IFF_UP } else { 0 };
+    let mut b = Buf::default();
+    b.message(RTM_NEWLINK, ACK, &ifinfo(0, flags, libc::IFF_UP), |b| {
+        b.ne32(libc::IFLA_GROUP, group);
+    });
+    none_is_fine(socket.run(&mut b))
+}
+
+pub(crate) fn delete(socket: &mut Socket, index: u32) -> io::Result<()> {
+    let mut b = Buf::default();
+    b.message(libc::RTM_DELLINK, ACK, &ifinfo(index, 0, 0), |_| {});
+    none_is_fine(socket.run(&mut b))
+}
+
+/// Deletes every device of the group in one go: milliseconds each otherwise.
+pub(crate) fn delete_group(socket: &mut Socket, group: u32) -> io::Result<()> {
+    let mut b = Buf::default();
+    b.message(libc::RTM_DELLINK, ACK, &ifinfo(0, 0, 0), |b| {
+        b.ne32(libc::IFLA_GROUP, group);
+    });
+    none_is_fine(socket.run(&mut b))
+}
+
+fn none_is_fine(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+        other => other,
+    }
+}
+
+pub(crate) fn parse_link(body: &[u8]) -> Option<Link> {
+    let mut link = Link {
+        index: u32_at(body, 4)?,
+        name: String::new(),
+        group: 0,
+        alias: String::new(),
+        mtu: 0,
+        up: u32_at(body, 8)? & libc::IFF_UP.cast_unsigned() != 0,
+        tun: None,
+    };
+    for (kind, value) in attrs(body.get(16..)?) {
+        match kind {
+            libc::IFLA_IFNAME => link.name = text_of(value),
+            libc::IFLA_IFALIAS => link.alias = text_of(value),
+            libc::IFLA_GROUP => link.group = u32_at(value, 0)?,
+            libc::IFLA_MTU => link.mtu = u32_at(value, 0)?,
+            libc::IFLA_LINKINFO => link.tun = parse_tun(value),
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+fn parse_tun(info: &[u8]) -> Option<TunState> {
+    let (kind, data) = (attr_of(info, 1)?, attr_of(info, 2)?);
+    if text_of(kind) != "tun" {
+        return None;
+    }
+    // IFLA_TUN_*: type TUN, no packet information, a virtio header, persistent, one queue.
+    let sound = [(3, 1), (4, 0), (5, 1), (6, 1), (7, 0)];
+    Some(TunState {
+        owner: attr_of(data, 1).and_then(|v| u32_at(v, 0)),
+        sound: sound
+            .iter()
+            .all(|&(kind, v)| attr_of(data, kind) == Some(&[v])),
+    })
+}
+
+/// All links, or the one of this index or name.
+pub(crate) fn dump(socket: &mut Socket) -> io::Result<Vec<Link>> {
+    let links = std::cell::RefCell::new(Vec::new());
+    socket.dump(
+        libc::RTM_GETLINK,
+        &ifinfo(0, 0, 0),
+        |b| {
+            b.ne32(libc::IFLA_EXT_MASK, EXT_SKIP_STATS);
+        },
+        |m| links.borrow_mut().extend(parse_link(m.body)),
+        || links.borrow_mut().clear(),
+    )?;
+    Ok(links.into_inner())
+}
+
+/// An address or route destination found on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    pub(crate) net: Net,
+    /// The interface it is on, zero when none.
+    pub(crate) index: u32,
+    pub(crate) ours: bool,
+}
+
+fn net_of(family: u8, len: u8, bytes: &[u8]) -> Option<Net> {
+    match i32::from(family) {
+        libc::AF_INET => Some(Net::V4(Net4 {
+            addr: <[u8; 4]>::try_from(bytes).ok()?.into(),
+            len,
+        })),
+        libc::AF_INET6 => Some(Net::V6(Net6 {
+            addr: <[u8; 16]>::try_from(bytes).ok()?.into(),
+            len,
+        })),
+        _ => None,
+    }
+}
+
+/// Every unicast route of the main table and every local one; defaults have length zero.
+pub(crate) fn routes(socket: &mut Socket) -> io::Result<Vec<Found>> {
+    let found = std::cell::RefCell::new(Vec::new());
+    let each = |m: Message<'_>| {
+        let (family, len) = (m.body[0], m.body[1]);
+        let (table, protocol, kind) = (m.body[4], m.body[5], m.body[7]);
+        let wanted = table == libc::RT_TABLE_MAIN || table == libc::RT_TABLE_LOCAL;
+        if !wanted || (kind != libc::RTN_UNICAST && kind != libc::RTN_LOCAL) {
+            return;
+        }
+        let rest = m.body.get(12..).unwrap_or_default();
+        let zero: &[u8] = if i32::from(family) == libc::AF_INET {
+            &[0; 4]
+        } else {
+            &[0; 16]
+        };
+        let net = net_of(family, len, attr_of(rest, libc::RTA_DST).unwrap_or(zero));
+        let mut indexes: Vec<u32> = attr_of(rest, libc::RTA_OIF)
+            .and_then(|v| u32_at(v, 0))
+            .into_iter()
+            .collect();
+        // A multipath route names its interfaces in its next hops.
+        let mut hops = attr_of(rest, libc::RTA_MULTIPATH).unwrap_or_default();
+        while let (Some(hop), Some(index)) = (u16_at(hops, 0), u32_at(hops, 4)) {
+            indexes.push(index);
+            hops = hops
+                .get(usize::from(hop.max(8)).next_multiple_of(4)..)
+                .unwrap_or_default();
+        }
+        if indexes.is_empty() {
+            indexes.push(0);
+        }
+        let ours = protocol == ROUTE_PROTOCOL;
+        found
+            .borrow_mut()
+            .extend(indexes.into_iter().filter_map(|index| {
+                Some(Found {
+                    net: net?,
+                    index,
+                    ours,
+                })
+            }));
+    };
+    socket.dump(
+        libc::RTM_GETROUTE,
+        &[0; 12],
+        |_| {},
+        |m| {
+            if m.body.len() >= 12 {
+                each(m)
+            }
+        },
+        || {
+            found.borrow_mut().clear();
+        },
+    )?;
+    Ok(found.into_inner())
+}
+
+/// Every address, with its prefix length.
+pub(crate) fn addresses(socket: &mut Socket) -> io::Result<Vec<Found>> {
+    let found = std::cell::RefCell::new(Vec::new());
+    let each = |m: Message<'_>| {
+        let (Some(index), Some(rest)) = (u32_at(m.body, 4), m.body.get(8..)) else {
+            return;
+        };
+        let addr = attr_of(rest, libc::IFA_LOCAL).or(attr_of(rest, libc::IFA_ADDRESS));
+        if let Some(net) = addr.and_then(|a| net_of(m.body[0], m.body[1], a)) {
+            found.borrow_mut().push(Found {
+                net,
+                index,
+                ours: false,
+            });
+        }
+    };
+    socket.dump(
+        libc::RTM_GETADDR,
+        &[0; 8],
+        |_| {},
+        each,
+        || found.borrow_mut().clear(),
+    )?;
+    Ok(found.into_inner())
+}
+
+/// Makes a whole range local without an address of each: streams are bound to them.
+pub(crate) fn any_ip(socket: &mut Socket, net: Net, add: bool) -> io::Result<()> {
+    let (family, len, addr) = match net {
+        Net::V4(n) => (libc::AF_INET, n.len, IpAddr::V4(n.addr)),
+        Net::V6(n) => (libc::AF_INET6, n.len, IpAddr::V6(n.addr)),
+    };
+    let scope = if add {
+        libc::RT_SCOPE_HOST
+    } else {
+        libc::RT_SCOPE_NOWHERE
+    };
+    let mut fixed = [0; 12];
+    fixed[..8].copy_from_slice(&[
+        family as u8,
+        len,
+        0,
+        0,
+        libc::RT_TABLE_LOCAL,
+        ROUTE_PROTOCOL,
+        scope,
+        libc::RTN_LOCAL,
+    ]);
+    let (kind, flags) = if add {
+        (
+            libc::RTM_NEWROUTE,
+            libc::NLM_F_CREATE | libc::NLM_F_REPLACE | ACK,
+        )
+    } else {
+        (libc::RTM_DELROUTE, ACK)
+    };
+    let mut b = Buf::default();
+    b.message(kind, flags, &fixed, |b| {
+        match addr {
+            IpAddr::V4(a) => b.attr(libc::RTA_DST, &a.octets()),
+            IpAddr::V6(a) => b.attr(libc::RTA_DST, &a.octets()),
+        };
+        b.ne32(libc::RTA_OIF, LOOPBACK);
+    });
+    match socket.run(&mut b) {
+        Err(e) if !add && e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,26 @@
+//! The few kernel settings that have no netlink message, by their files.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+fn path(name: &str) -> PathBuf {
+    PathBuf::from("/proc/sys").join(name)
+}
+
+/// The value, without the newline; `None` when this kernel has no such setting.
+pub(crate) fn read(name: &str) -> io::Result<Option<String>> {
+    match fs::read_to_string(path(name)) {
+        Ok(s) => Ok(Some(s.trim_end().to_owned())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(named(name, &e)),
+    }
+}
+
+pub(crate) fn write(name: &str, value: &str) -> io::Result<()> {
+    fs::write(path(name), value).map_err(|e| named(name, &e))
+}
+
+fn named(name: &str, e: &io::Error) -> io::Error {
+    io::Error::new(e.kind(), format!("/proc/sys/{name}: {e}"))
+}
