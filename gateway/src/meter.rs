@@ -182,6 +182,14 @@ pub struct Totals {
     pub inbound: Side,
 }
 
+impl Totals {
+    /// All packets not passed on.
+    pub fn drops(&self) -> u64 {
+        let sides = [&self.outbound, &self.inbound];
+        sides.iter().flat_map(|s| s.drops).sum()
+    }
+}
+
 /// One row as it stands in a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Usage {

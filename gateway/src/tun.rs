@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::Interest;
@@ -20,7 +21,7 @@ pub const MAX_READ: usize = VIRTIO_LEN + 65_535;
 /// A TUN, or in tests one end of a socket pair that stands for it.
 #[derive(Debug)]
 pub struct Tun {
-    fd: AsyncFd<File>,
+    fd: Arc<AsyncFd<File>>,
 }
 
 /// Why a packet did not get into the device.
@@ -38,12 +39,23 @@ impl Tun {
     /// Takes the descriptor. Must run on the runtime that will use it.
     pub fn adopt(fd: OwnedFd) -> io::Result<Tun> {
         let fd = crate::fd::watch(fd, Interest::READABLE | Interest::ERROR)?;
-        Ok(Tun { fd })
+        Ok(Tun { fd: Arc::new(fd) })
     }
 
-    /// Gives the descriptor back, for a session that continues on another connection.
-    pub fn into_fd(self) -> OwnedFd {
-        OwnedFd::from(self.fd.into_inner())
+    /// Gives the descriptor back, for a session that continues on another
+    /// connection. None while a future of [`Tun::gone`] is still alive.
+    pub fn into_fd(self) -> Option<OwnedFd> {
+        Some(OwnedFd::from(Arc::into_inner(self.fd)?.into_inner()))
+    }
+
+    /// Ends when the interface was deleted. Waiting for packets does not tell:
+    /// the kernel then reports an error and no readability.
+    pub fn gone(&self) -> impl Future<Output = ()> + Send + 'static {
+        let fd = Arc::clone(&self.fd);
+        async move {
+            // An error here means that the runtime ends.
+            drop(fd.ready(Interest::ERROR).await.map(|_| ()));
+        }
     }
 
     /// Reads one packet with its virtio header. Pending means that the device

@@ -4,6 +4,7 @@
 //! of this one without the session noticing.
 
 use std::future::poll_fn;
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -74,6 +75,18 @@ pub trait Transport {
 
     /// Ready when the socket has taken everything that was fed.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>>;
+
+    /// Bytes read from and written to the socket so far, everything included.
+    fn wire(&self) -> (u64, u64);
+}
+
+/// What a session needs of a client's stream.
+pub trait ClientIo: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// Bytes read from and written to the socket so far.
+    fn wire(&self) -> (u64, u64);
+
+    /// Registers the socket with the runtime of the caller, which will use it from now on.
+    fn rehome(&mut self) -> io::Result<()>;
 }
 
 /// A WebSocket of which we are the server.
@@ -82,7 +95,7 @@ pub struct Socket<S> {
     inner: WebSocketStream<S>,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
+impl<S: ClientIo> Socket<S> {
     /// Takes over after the upgrade; `read_ahead` is what already arrived behind it.
     pub async fn accept(stream: S, read_ahead: Vec<u8>) -> Socket<S> {
         let config = WebSocketConfig::default()
@@ -133,7 +146,7 @@ pub fn close_message(code: u16, reason: &str) -> Message {
     }))
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Transport for Socket<S> {
+impl<S: ClientIo> Transport for Socket<S> {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Incoming, Broken>> {
         let message = ready!(Pin::new(&mut self.inner).poll_next(cx));
         Poll::Ready(match message {
@@ -160,6 +173,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transport for Socket<S> {
         Pin::new(&mut self.inner)
             .poll_flush(cx)
             .map_err(|e| broken(&e))
+    }
+
+    fn wire(&self) -> (u64, u64) {
+        self.inner.get_ref().wire()
     }
 }
 
