@@ -9,22 +9,23 @@
 //! reconnects, confirms every lease still in use and passes on what it could
 //! not say in between.
 
+mod link;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rvpn_ipc::frame::{FLAG_RESUMED, FLAG_SUCCESSOR, REPLY_LEN};
+use rvpn_ipc::frame::{FLAG_RESUMED, FLAG_SUCCESSOR};
 use rvpn_ipc::{
     Class, EXCHANGE_TIMEOUT, Generation, Key, Kind, Op, Reply, Request, Slot, Status, seqpacket,
 };
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{debug, info, warn};
+
+use self::link::{Broken, Link};
 
 /// How long a session waits for its lease, queueing included.
 const ACQUIRE_LIMIT: Duration = Duration::from_millis(1500);
@@ -223,30 +224,6 @@ struct Owner {
     ends: mpsc::UnboundedSender<End>,
 }
 
-/// Why one connection ended; all are answered by a new one.
-#[derive(Debug, thiserror::Error)]
-enum Broken {
-    #[error("{0}")]
-    Io(#[from] io::Error),
-    #[error("it closed the connection")]
-    Closed,
-    #[error("its answer is not one: {0}")]
-    Garbled(String),
-    #[error("it refused the connection: {0}")]
-    Refused(Status),
-    #[error(
-        "uid {found} serves the socket instead of the helper's uid {expected}: another program is in its place"
-    )]
-    Impostor { found: u32, expected: u32 },
-    #[error("it did not answer within a second")]
-    Silent,
-}
-
-/// The connection itself: frames in, frames out.
-struct Link {
-    fd: AsyncFd<File>,
-}
-
 impl Owner {
     async fn run(
         mut self,
@@ -304,9 +281,7 @@ impl Owner {
         if found != expected {
             return Err(Broken::Impostor { found, expected });
         }
-        let link = Link {
-            fd: crate::fd::watch(fd, Interest::READABLE | Interest::WRITABLE)?,
-        };
+        let link = Link::new(fd)?;
         let flags = if self.config.successor {
             FLAG_SUCCESSOR
         } else {
@@ -527,35 +502,5 @@ impl Owner {
                 }
             }
         }
-    }
-}
-
-impl Link {
-    async fn send(&self, request: &Request) -> Result<(), Broken> {
-        let frame = request.encode();
-        self.fd
-            .async_io(Interest::WRITABLE, |fd| {
-                seqpacket::send(fd.as_fd(), &frame, None)
-            })
-            .await?;
-        Ok(())
-    }
-
-    async fn receive(&self) -> Result<(Reply, Option<OwnedFd>), Broken> {
-        let mut buf = [0; REPLY_LEN];
-        let got = self
-            .fd
-            .async_io(Interest::READABLE, |fd| {
-                seqpacket::recv(fd.as_fd(), &mut buf, true)
-            })
-            .await?;
-        if got.len == 0 {
-            return Err(Broken::Closed);
-        }
-        if got.truncated || got.surplus_fds {
-            return Err(Broken::Garbled("longer than an answer is".into()));
-        }
-        let reply = Reply::decode(&buf[..got.len]).map_err(|e| Broken::Garbled(e.to_string()))?;
-        Ok((reply, got.fd))
     }
 }

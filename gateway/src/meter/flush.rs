@@ -5,7 +5,7 @@
 //! ended rows keep their place until then.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -37,7 +37,7 @@ pub struct Flusher<S> {
 impl<S: UsageStore> Flusher<S> {
     /// Takes on what dead processes left in `dir`. Their rows are written
     /// with the first flush that succeeds.
-    pub fn new(meter: Arc<Meter>, store: Arc<S>, dir: &PathBuf) -> Flusher<S> {
+    pub fn new(meter: Arc<Meter>, store: Arc<S>, dir: &Path) -> Flusher<S> {
         let orphans = match Orphan::find(dir) {
             Ok((orphans, strange)) => {
                 for path in strange {
@@ -188,7 +188,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let meter = Arc::new(Meter::create(dir.path(), 1).unwrap());
         let ledger = Arc::new(Ledger::default());
-        let mut flusher = Flusher::new(Arc::clone(&meter), Arc::clone(&ledger), &dir.path().into());
+        let mut flusher = Flusher::new(Arc::clone(&meter), Arc::clone(&ledger), dir.path());
         let row = meter.open(1, "alice", "packets", 5).unwrap();
         row.publish(&totals(1), true);
         flusher.flush();
@@ -223,7 +223,7 @@ mod tests {
         let meter = Arc::new(Meter::create(dir.path(), 1).unwrap());
         let ledger = Arc::new(Ledger::default());
         ledger.down.store(true, Ordering::Relaxed);
-        let mut flusher = Flusher::new(meter, Arc::clone(&ledger), &state.path().into());
+        let mut flusher = Flusher::new(meter, Arc::clone(&ledger), state.path());
         flusher.flush();
         assert_eq!(std::fs::read_dir(state.path()).unwrap().count(), 1);
         ledger.down.store(false, Ordering::Relaxed);
