@@ -105,6 +105,11 @@ impl Kind {
         })
     }
 
+    /// Whether a lease of this kind has a stream address.
+    pub const fn has_streams(self) -> bool {
+        matches!(self, Kind::Streams | Kind::Both)
+    }
+
     /// Whether a lease of this kind comes with a TUN.
     pub const fn has_tun(self) -> bool {
         matches!(self, Kind::Packets | Kind::Both)

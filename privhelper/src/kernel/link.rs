@@ -114,6 +114,27 @@ fn add_address(
     });
 }
 
+/// Gives the devices their IPv6 host addresses.
+pub(crate) fn add_hosts6(socket: &mut Socket, hosts: &[(u32, Net6)]) -> io::Result<()> {
+    let mut b = Buf::default();
+    for (i, (index, host)) in hosts.iter().enumerate() {
+        let ack = if i + 1 == hosts.len() { ACK } else { 0 };
+        add_address(
+            &mut b,
+            *index,
+            libc::AF_INET6,
+            host.len,
+            &host.addr.octets(),
+            ack,
+        );
+    }
+    if hosts.is_empty() {
+        Ok(())
+    } else {
+        socket.run(&mut b)
+    }
+}
+
 pub(crate) fn set_alias(socket: &mut Socket, index: u32, alias: &str) -> io::Result<()> {
     let mut b = Buf::default();
     b.message(RTM_NEWLINK, ACK, &ifinfo(index, 0, 0), |b| {
@@ -192,7 +213,30 @@ fn parse_tun(info: &[u8]) -> Option<TunState> {
     })
 }
 
-/// All links, or the one of this index or name.
+/// The index that bears this name at the moment.
+pub(crate) fn index_of(socket: &mut Socket, name: &str) -> io::Result<Option<u32>> {
+    let mut b = Buf::default();
+    b.message(libc::RTM_GETLINK, 0, &ifinfo(0, 0, 0), |b| {
+        b.text(libc::IFLA_IFNAME, name)
+            .ne32(libc::IFLA_EXT_MASK, EXT_SKIP_STATS);
+    });
+    match socket.ask(&mut b) {
+        Ok(body) => Ok(parse_link(&body).map(|l| l.index)),
+        Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// The link of this index.
+pub(crate) fn get(socket: &mut Socket, index: u32) -> io::Result<Link> {
+    let mut b = Buf::default();
+    b.message(libc::RTM_GETLINK, 0, &ifinfo(index, 0, 0), |b| {
+        b.ne32(libc::IFLA_EXT_MASK, EXT_SKIP_STATS);
+    });
+    parse_link(&socket.ask(&mut b)?).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// All links.
 pub(crate) fn dump(socket: &mut Socket) -> io::Result<Vec<Link>> {
     let links = std::cell::RefCell::new(Vec::new());
     socket.dump(
@@ -289,8 +333,24 @@ pub(crate) fn routes(socket: &mut Socket) -> io::Result<Vec<Found>> {
     Ok(found.into_inner())
 }
 
+/// The addresses of one interface.
+pub(crate) fn addresses_of(socket: &mut Socket, index: u32) -> io::Result<Vec<Net>> {
+    let mut fixed = [0; 8];
+    fixed[4..].copy_from_slice(&index.to_ne_bytes());
+    let all = dump_addresses(socket, &fixed)?;
+    Ok(all
+        .into_iter()
+        .filter(|f| f.index == index)
+        .map(|f| f.net)
+        .collect())
+}
+
 /// Every address, with its prefix length.
 pub(crate) fn addresses(socket: &mut Socket) -> io::Result<Vec<Found>> {
+    dump_addresses(socket, &[0; 8])
+}
+
+fn dump_addresses(socket: &mut Socket, fixed: &[u8; 8]) -> io::Result<Vec<Found>> {
     let found = std::cell::RefCell::new(Vec::new());
     let each = |m: Message<'_>| {
         let (Some(index), Some(rest)) = (u32_at(m.body, 4), m.body.get(8..)) else {
@@ -307,7 +367,7 @@ pub(crate) fn addresses(socket: &mut Socket) -> io::Result<Vec<Found>> {
     };
     socket.dump(
         libc::RTM_GETADDR,
-        &[0; 8],
+        fixed,
         |_| {},
         each,
         || found.borrow_mut().clear(),

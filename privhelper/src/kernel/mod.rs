@@ -8,6 +8,7 @@ pub(crate) mod link;
 pub(crate) mod netlink;
 pub(crate) mod nft;
 pub(crate) mod ruleset;
+pub(crate) mod sockopt;
 pub(crate) mod sysctl;
 pub(crate) mod tun;
 

@@ -135,10 +135,6 @@ pub(crate) fn u32_at(data: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(data.get(at..at + 4)?.try_into().ok()?))
 }
 
-pub(crate) fn be32_at(data: &[u8], at: usize) -> Option<u32> {
-    u32_at(data, at).map(u32::from_be)
-}
-
 pub(crate) fn text_of(data: &[u8]) -> String {
     let end = data.iter().position(|&b| b == 0).unwrap_or(data.len());
     String::from_utf8_lossy(&data[..end]).into_owned()
@@ -171,7 +167,11 @@ impl Socket {
             sockopt::ReceiveTimeout,
             &TimeVal::seconds(ANSWER_SECONDS),
         )?;
-        setsockopt(&fd, sockopt::RcvBuf, &(1 << 20))?;
+        // The table of a full pool is one transaction of some megabytes.
+        let _ = setsockopt(&fd, sockopt::SndBufForce, &(16 << 20));
+        let _ = setsockopt(&fd, sockopt::RcvBufForce, &(4 << 20));
+        // Dumps are filtered by the kernel, not by us: the address dump by interface among them.
+        super::sockopt::set_strict(&fd)?;
         let port = getsockname::<NetlinkAddr>(fd.as_raw_fd())?.pid();
         Ok(Socket {
             fd,
@@ -213,6 +213,21 @@ impl Socket {
     pub(crate) fn run(&mut self, batch: &mut Buf) -> io::Result<()> {
         let (first, last) = self.send(batch)?;
         self.answered(first, last)
+    }
+
+    /// Sends one request and returns the body of its one answer.
+    pub(crate) fn ask(&mut self, request: &mut Buf) -> io::Result<Vec<u8>> {
+        let (_, seq) = self.send(request)?;
+        loop {
+            for m in messages(self.receive(MsgFlags::empty())?) {
+                if m.seq == seq && m.kind == libc::NLMSG_ERROR as u16 {
+                    let code = u32_at(m.body, 0).unwrap_or_default().cast_signed();
+                    return Err(io::Error::from_raw_os_error(-code));
+                } else if m.seq == seq {
+                    return Ok(m.body.to_vec());
+                }
+            }
+        }
     }
 
     fn answered(&mut self, first: u32, last: u32) -> io::Result<()> {

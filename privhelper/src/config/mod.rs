@@ -1,5 +1,7 @@
 //! What the administrator decides, and nobody else can.
 
+pub(crate) mod parse;
+
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -100,6 +102,13 @@ pub(crate) struct Config {
     pub(crate) state: PathBuf,
     pub(crate) link_group: u32,
     pub(crate) offload: bool,
+}
+
+impl Config {
+    /// Held by the one helper that serves.
+    pub(crate) fn lock_path(&self) -> PathBuf {
+        self.state.join("lock")
+    }
 }
 
 impl Net4 {

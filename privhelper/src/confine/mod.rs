@@ -1,0 +1,111 @@
+//! Giving up everything but `CAP_NET_ADMIN`, and proving it.
+//!
+//! Order matters: bounding set, user, capabilities, no-new-privileges,
+//! Landlock (before the second thread starts), system calls (on all threads).
+
+pub(crate) mod landlock;
+pub(crate) mod seccomp;
+
+use std::fs;
+use std::io;
+
+use caps::{CapSet, Capability, CapsHashSet};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::{prctl, stat};
+use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
+
+use crate::config::Config;
+
+/// Descriptors needed beside those of a batch in creation.
+const DESCRIPTORS: u64 = 256;
+/// `CAP_NET_ADMIN` as `/proc` writes it.
+const NET_ADMIN_MASK: &str = "0000000000001000";
+
+/// Whether our user ids are not the machine's own.
+pub(crate) fn in_user_namespace() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let words: Vec<&str> = map.split_whitespace().collect();
+    words != ["0", "0", "4294967295"]
+}
+
+/// Makes what we inherited harmless: file modes, limits, descriptors, the working directory.
+pub(crate) fn settle(keep_descriptors: u32) -> io::Result<()> {
+    stat::umask(stat::Mode::from_bits_truncate(0o077));
+    std::env::set_current_dir("/")?;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < DESCRIPTORS {
+        setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, hard.max(DESCRIPTORS)).map_err(|_| {
+            io::Error::other(format!(
+                "the limit of open files is {soft}, {DESCRIPTORS} are needed: raise it"
+            ))
+        })?;
+    }
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    landlock::close_from(3 + keep_descriptors)
+}
+
+/// Becomes the helper's user with `CAP_NET_ADMIN` and nothing else.
+pub(crate) fn drop_privileges(config: &Config) -> io::Result<()> {
+    let keep = CapsHashSet::from([Capability::CAP_NET_ADMIN]);
+    let error = |e: caps::errors::CapsError| io::Error::other(e.to_string());
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).map_err(error)? {
+        for cap in caps::all().into_iter().filter(|c| !keep.contains(c)) {
+            // Capabilities newer than the running kernel cannot be dropped, nor held.
+            let _ = caps::drop(None, CapSet::Bounding, cap);
+        }
+    }
+    if geteuid().is_root() {
+        prctl::set_keepcaps(true)?;
+        match setgroups(&[]) {
+            // A user namespace without gid maps has no groups to give up.
+            Err(nix::Error::EPERM) if in_user_namespace() => {}
+            other => other?,
+        }
+        let (uid, gid) = (
+            Uid::from_raw(config.helper_uid),
+            Gid::from_raw(config.helper_gid),
+        );
+        setresgid(gid, gid, gid)?;
+        setresuid(uid, uid, uid)?;
+    }
+    let _ = caps::clear(None, CapSet::Ambient);
+    caps::set(None, CapSet::Effective, &keep).map_err(|_| {
+        io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "no CAP_NET_ADMIN: start it as root, or with that capability in its unit",
+        )
+    })?;
+    caps::set(None, CapSet::Permitted, &keep).map_err(error)?;
+    caps::clear(None, CapSet::Inheritable).map_err(error)?;
+    prctl::set_no_new_privs()?;
+    prctl::set_dumpable(false)?;
+    Ok(())
+}
+
+/// Reads back, for every thread, that it holds what it should and no more.
+pub(crate) fn prove() -> io::Result<()> {
+    for task in fs::read_dir("/proc/self/task")? {
+        let status = fs::read_to_string(task?.path().join("status"))?;
+        let field = |name: &str| {
+            status
+                .lines()
+                .find_map(|l| l.strip_prefix(name)?.strip_prefix(":\t"))
+                .unwrap_or_default()
+        };
+        let zero = "0".repeat(NET_ADMIN_MASK.len());
+        let wanted = [
+            ("CapEff", NET_ADMIN_MASK),
+            ("CapPrm", NET_ADMIN_MASK),
+            ("CapInh", zero.as_str()),
+            ("CapAmb", zero.as_str()),
+            ("NoNewPrivs", "1"),
+        ];
+        if let Some((name, value)) = wanted.into_iter().find(|(n, v)| field(n) != *v) {
+            let found = field(name);
+            return Err(io::Error::other(format!(
+                "confinement failed: {name} is {found}, not {value}"
+            )));
+        }
+    }
+    Ok(())
+}

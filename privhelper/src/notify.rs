@@ -1,0 +1,53 @@
+//! systemd's notification protocol: a datagram of `KEY=value` lines.
+
+use std::env;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+
+pub(crate) struct Notify {
+    socket: Option<UnixDatagram>,
+    /// Half of what the service manager waits for.
+    pub(crate) watchdog: Option<Duration>,
+}
+
+impl Notify {
+    /// Connects now: later the socket's path may be out of reach.
+    pub(crate) fn from_env() -> Notify {
+        let socket = env::var("NOTIFY_SOCKET").ok().and_then(|name| {
+            let address = match name.strip_prefix('@') {
+                Some(abstract_name) => SocketAddr::from_abstract_name(abstract_name),
+                None => SocketAddr::from_pathname(&name),
+            };
+            let socket = UnixDatagram::unbound().ok()?;
+            socket.connect_addr(&address.ok()?).ok()?;
+            Some(socket)
+        });
+        let mine = env::var("WATCHDOG_PID").map_or(true, |p| p == std::process::id().to_string());
+        let micros = env::var("WATCHDOG_USEC")
+            .ok()
+            .and_then(|v| v.parse().ok())
+            .filter(|_| mine);
+        Notify {
+            socket,
+            watchdog: micros.map(|v: u64| Duration::from_micros(v / 2)),
+        }
+    }
+
+    pub(crate) fn say(&self, text: &str) {
+        if let Some(socket) = &self.socket {
+            // Nobody to tell is no reason to stop.
+            let _ = socket.send(text.as_bytes());
+        }
+    }
+}
+
+/// How many listeners were passed in, from descriptor 3 on.
+pub(crate) fn passed_listeners() -> u32 {
+    let mine = env::var("LISTEN_PID").is_ok_and(|p| p == std::process::id().to_string());
+    env::var("LISTEN_FDS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .filter(|_| mine)
+        .unwrap_or(0)
+}

@@ -1,0 +1,47 @@
+//! Removing every trace of ours, and nothing else.
+
+use std::fs;
+use std::io;
+
+use crate::apply;
+use crate::config::{Config, Net};
+use crate::journal::Journal;
+use crate::kernel::{Kernel, link, ruleset};
+
+/// What was removed.
+#[derive(Debug, Default)]
+pub(crate) struct Removed {
+    pub(crate) devices: usize,
+    pub(crate) sysctls: Vec<String>,
+    /// Devices with a name or group of ours that somebody else made.
+    pub(crate) kept: Vec<String>,
+}
+
+pub(crate) fn teardown(k: &mut Kernel, config: &Config) -> io::Result<Removed> {
+    let found = apply::survey(k, config)?;
+    let foreign_in_group = link::dump(&mut k.route)?
+        .iter()
+        .any(|l| l.group == config.link_group && found.foreign.contains(&l.name));
+    if foreign_in_group {
+        for d in &found.ours {
+            link::delete(&mut k.route, d.index)?;
+        }
+    } else if !found.ours.is_empty() {
+        link::delete_group(&mut k.route, config.link_group)?;
+    }
+    link::any_ip(&mut k.route, Net::V4(config.stream4), false)?;
+    link::any_ip(&mut k.route, Net::V6(config.stream6), false)?;
+    ruleset::remove(k)?;
+    let sysctls = Journal::open(&config.state)?.restore()?;
+    for path in [config.socket.clone(), config.lock_path()] {
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+    }
+    Ok(Removed {
+        devices: found.ours.len(),
+        sysctls,
+        kept: found.foreign,
+    })
+}
