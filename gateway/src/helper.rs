@@ -93,6 +93,8 @@ pub struct Lease {
     events: watch::Receiver<Option<LeaseEvent>>,
     ends: mpsc::UnboundedSender<End>,
     ending: Op,
+    /// Tells this hold from a later one on the same lease.
+    hold: u64,
 }
 
 impl Lease {
@@ -120,6 +122,7 @@ impl Drop for Lease {
             slot: self.reply.slot,
             generation: self.reply.generation,
             op: self.ending,
+            hold: self.hold,
         }));
     }
 }
@@ -146,6 +149,7 @@ struct End {
     slot: Slot,
     generation: Generation,
     op: Op,
+    hold: u64,
 }
 
 impl Helper {
@@ -158,6 +162,7 @@ impl Helper {
         let owner = Owner {
             config,
             seq: 0,
+            holds: 0,
             held: BTreeMap::new(),
             owed: VecDeque::new(),
             state: state_tx,
@@ -209,6 +214,7 @@ impl Helper {
 }
 
 struct Held {
+    hold: u64,
     key: Key,
     events: watch::Sender<Option<LeaseEvent>>,
 }
@@ -217,6 +223,7 @@ struct Held {
 struct Owner {
     config: HelperConfig,
     seq: u32,
+    holds: u64,
     held: BTreeMap<(Slot, Generation), Held>,
     /// Endings not yet said to the helper.
     owed: VecDeque<(Slot, Generation, Key, Op)>,
@@ -415,27 +422,28 @@ impl Owner {
 
     fn hold(&mut self, reply: Reply, key: Key) -> Lease {
         let (events, receiver) = watch::channel(None);
+        self.holds += 1;
+        let hold = self.holds;
         self.held
-            .insert((reply.slot, reply.generation), Held { key, events });
+            .insert((reply.slot, reply.generation), Held { hold, key, events });
         Lease {
             reply,
             key,
             events: receiver,
             ends: self.ends.clone(),
             ending: Op::Linger,
+            hold,
         }
     }
 
-    fn note(
-        &mut self,
-        End {
-            slot,
-            generation,
-            op,
-        }: End,
-    ) {
-        if let Some(held) = self.held.remove(&(slot, generation)) {
-            self.owed.push_back((slot, generation, held.key, op));
+    /// Takes note of an ending, unless the lease has a later holder by now.
+    fn note(&mut self, end: End) {
+        let id = (end.slot, end.generation);
+        if self.held.get(&id).is_some_and(|h| h.hold == end.hold)
+            && let Some(held) = self.held.remove(&id)
+        {
+            self.owed
+                .push_back((end.slot, end.generation, held.key, end.op));
         }
     }
 

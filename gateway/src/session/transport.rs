@@ -115,6 +115,11 @@ impl<S: ClientIo> Socket<S> {
         self.inner.get_ref()
     }
 
+    /// The stream below, to move it to another runtime.
+    pub fn stream_mut(&mut self) -> &mut S {
+        self.inner.get_mut()
+    }
+
     /// Sends a message that nothing is waiting behind.
     pub async fn send(&mut self, message: Message) -> Result<(), Broken> {
         self.feed(message)?;

@@ -2,3 +2,4 @@
 #![expect(dead_code, reason = "every test program uses another part of this")]
 
 pub(crate) mod fake_helper;
+pub(crate) mod wire;
