@@ -204,6 +204,23 @@ impl Lab {
         }
     }
 
+    /// Waits until some session has published these payload totals, which it
+    /// does at the end of a turn.
+    async fn counted(&self, outbound: u64, inbound: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        let wanted = (outbound, inbound);
+        let payload = |t: &Totals| (t.outbound.payload, t.inbound.payload);
+        while !self
+            .shared
+            .list()
+            .iter()
+            .any(|v| payload(&v.totals) == wanted)
+        {
+            assert!(Instant::now() < deadline, "{:?}", self.shared.list());
+            tokio::task::yield_now().await;
+        }
+    }
+
     fn only_session(&self) -> u128 {
         let cards = self.shared.hub.cards();
         assert_eq!(cards.len(), 1);
@@ -341,6 +358,28 @@ async fn a_revoked_client_is_gone_within_two_seconds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_kicked_session_is_listed_no_more_and_others_stay() {
+    let lab = lab(2).await;
+    let mut alice = lab.arrive(ALICE).await;
+    alice.text().await;
+    let mut bob = lab.arrive(BOB).await;
+    bob.text().await;
+    let device = lab.device(1);
+    bob.send(vec![1; 30]).await;
+    device.read();
+    lab.counted(30, 0).await;
+    let list = lab.shared.list();
+    let by_slot = |slot| list.iter().find(|v| v.card.slot == slot).unwrap();
+    assert_eq!(by_slot(1).totals.outbound.payload, 30);
+    assert!(lab.shared.kick(by_slot(0).card.id));
+    assert_eq!(alice.close_frame().await.0, 1008);
+    lab.fake.await_slot(0, SlotState::Free);
+    assert!(!lab.shared.kick(by_slot(0).card.id));
+    let left = lab.shared.list();
+    assert_eq!((left.len(), left[0].card.slot), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_session_ends_with_its_token() {
     let lab = lab(1).await;
     let mut guest = lab.guest();
@@ -435,14 +474,7 @@ async fn a_drained_gateway_tells_everyone_when_to_come_back() {
         client.text().await;
     }
     let shared = Arc::clone(&lab.shared);
-    shared.hub.close();
-    let asked = shared.hub.end(
-        1012,
-        "the gateway restarts",
-        || Some(shared.retry_after()),
-        |_| true,
-    );
-    assert_eq!(asked, 2);
+    let drained = tokio::spawn(async move { shared.drain(PATIENCE).await });
     let mut waits = Vec::new();
     for client in &mut clients {
         waits.push(client.text().await);
@@ -453,6 +485,7 @@ async fn a_drained_gateway_tells_everyone_when_to_come_back() {
     for slot in 0..2 {
         lab.fake.await_slot(slot, SlotState::Lingering);
     }
+    assert_eq!(drained.await.unwrap(), 0);
     let mut late = lab.arrive(Key([3; 16])).await;
     assert_eq!(late.close_frame().await.0, 1012);
 }
@@ -470,6 +503,7 @@ async fn counters_of_a_killed_gateway_are_found_by_the_next() {
         device.write(&[6; 200]);
         client.data().await;
     }
+    lab.counted(1000, 2000).await;
     // A copy is what the next process finds: nothing was said to anybody.
     let next = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(lab.dir.path()).unwrap() {
