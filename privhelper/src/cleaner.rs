@@ -5,8 +5,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -71,10 +71,14 @@ impl Cleaner {
         let (jobs, work) = channel::<Job>();
         let (report, done) = channel();
         let signal = Arc::clone(&wake);
+        // A starting thread makes system calls it never makes again: they must be over before the filter.
+        let started = Arc::new(Barrier::new(2));
+        let here = Arc::clone(&started);
         thread::Builder::new()
             .name("cleaner".to_owned())
             .stack_size(256 * 1024)
             .spawn(move || {
+                here.wait();
                 for job in work {
                     let result = match job {
                         Job::Clean {
@@ -93,6 +97,7 @@ impl Cleaner {
                     }
                 }
             })?;
+        started.wait();
         Ok(Cleaner {
             jobs,
             done,

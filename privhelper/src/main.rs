@@ -36,6 +36,7 @@ use config::parse::Invalid;
 use kernel::Kernel;
 
 const DEFAULT_CONFIG: &str = "/etc/rvpn/privhelper.conf";
+const BACKLOG: i32 = 8;
 const USAGE: &str = "\
 usage: rvpn-privhelper COMMAND [--config FILE]
 
@@ -243,6 +244,8 @@ fn serve(config: Config, passed: u32) -> Result<(), Failure> {
     let notify = notify::Notify::from_env();
     let listener = listen(&config, passed)?;
     confine::drop_privileges(&config)?;
+    // The gateway checks who serves it: that is us as we are from now on, not root.
+    seqpacket::listen_again(listener.as_fd(), BACKLOG)?;
     insist(&mut Kernel::open()?, &config)?;
     let result = serve::run(config, listener, notify);
     drop(lock);
@@ -284,7 +287,7 @@ fn listen(config: &Config, passed: u32) -> Result<OwnedFd, Failure> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
         _ => {}
     }
-    let listener = seqpacket::listen(path, 8).map_err(failed)?;
+    let listener = seqpacket::listen(path, BACKLOG).map_err(failed)?;
     if geteuid().is_root() {
         chown(path, Some(config.helper_uid), Some(config.gateway_gid)).map_err(failed)?;
     }

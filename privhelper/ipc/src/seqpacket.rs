@@ -12,7 +12,7 @@
 use std::ffi::CString;
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
@@ -256,9 +256,15 @@ pub fn listen(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
             size_of::<libc::sockaddr_un>() as libc::socklen_t,
         )
     })?;
-    // SAFETY: listen takes no pointers.
-    check(unsafe { libc::listen(socket.as_raw_fd(), backlog) })?;
+    listen_again(socket.as_fd(), backlog)?;
     Ok(socket)
+}
+
+/// Makes the calling process the one that connecting peers see: credentials
+/// are those of the last to call `listen`, not of whoever bound the socket.
+pub fn listen_again(socket: BorrowedFd<'_>, backlog: i32) -> io::Result<()> {
+    // SAFETY: listen takes no pointers.
+    check(unsafe { libc::listen(socket.as_raw_fd(), backlog) }).map(drop)
 }
 
 /// Takes one waiting connection, non-blocking and close-on-exec.
@@ -295,7 +301,6 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     fn open_fds() -> usize {
         std::fs::read_dir("/proc/thread-self/fd").unwrap().count()

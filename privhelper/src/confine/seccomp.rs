@@ -11,12 +11,13 @@ use seccompiler::{
 use crate::kernel::tun;
 
 /// Allowed whatever their arguments.
-const PLAIN: [libc::c_long; 34] = [
+const PLAIN: [libc::c_long; 35] = [
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_close,
     libc::SYS_openat,
+    libc::SYS_newfstatat,
     libc::SYS_statx,
     libc::SYS_lseek,
     libc::SYS_fcntl,

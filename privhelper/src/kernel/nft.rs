@@ -474,6 +474,7 @@ impl Rule<'_> {
 
     /// Translates to ports nobody here listens on, in an order nobody can guess.
     pub(crate) fn masquerade_ports(&mut self, low: u16, high: u16) {
+        const PORTS_GIVEN: u32 = 1 << 1;
         const FULLY_RANDOM: u32 = 1 << 4;
         for (reg, port) in [(R0, low), (R1, high)] {
             self.expr("immediate", |b| {
@@ -483,7 +484,7 @@ impl Rule<'_> {
             });
         }
         self.expr("masq", |b| {
-            b.be32(1, FULLY_RANDOM).be32(2, R0).be32(3, R1);
+            b.be32(1, PORTS_GIVEN | FULLY_RANDOM).be32(2, R0).be32(3, R1);
         });
     }
 

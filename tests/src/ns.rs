@@ -1,0 +1,119 @@
+//! Network namespaces held by descriptor.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Output};
+
+use nix::sched::{CloneFlags, setns, unshare};
+
+/// A namespace; it lives as long as a descriptor or a process of it.
+pub struct Ns {
+    pub name: &'static str,
+    file: File,
+}
+
+impl Ns {
+    /// A new one with loopback up.
+    pub fn new(name: &'static str) -> Ns {
+        let file = std::thread::scope(|s| {
+            s.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET)
+                    .expect("unshare: run the tests as root or in a user namespace");
+                File::open("/proc/thread-self/ns/net").expect("own namespace")
+            })
+            .join()
+            .expect("namespace thread")
+        });
+        let ns = Ns { name, file };
+        ns.ip("link set lo up");
+        ns
+    }
+
+    /// Runs the closure inside; sockets it makes stay inside.
+    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|s| {
+            let inside = s.spawn(|| {
+                setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET).expect("setns");
+                f()
+            });
+            match inside.join() {
+                Ok(value) => value,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    /// Starts a program inside.
+    pub fn spawn(&self, command: &mut Command) -> Child {
+        let shown = format!("{command:?}");
+        command.process_group(0);
+        self.run(|| command.spawn())
+            .unwrap_or_else(|e| panic!("{shown}: {e}"))
+    }
+
+    /// Runs a program inside to its end.
+    pub fn output(&self, command: &mut Command) -> Output {
+        let shown = format!("{command:?}");
+        self.run(|| command.output())
+            .unwrap_or_else(|e| panic!("{shown}: {e}"))
+    }
+
+    /// Runs a program that must succeed and returns what it printed.
+    pub fn sh(&self, program: &str, args: &[&str]) -> String {
+        let out = self.output(Command::new(program).args(args));
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(
+            out.status.success(),
+            "{}: {program} {args:?}: {}{}",
+            self.name,
+            text,
+            String::from_utf8_lossy(&out.stderr)
+        );
+        text
+    }
+
+    /// `ip` with these words.
+    pub fn ip(&self, words: &str) -> String {
+        self.sh("ip", &words.split_whitespace().collect::<Vec<_>>())
+    }
+
+    /// Sets a sysctl of this namespace.
+    pub fn sysctl(&self, name: &str, value: &str) {
+        let path = format!("/proc/sys/{name}");
+        self.run(|| std::fs::write(&path, value))
+            .unwrap_or_else(|e| panic!("{path}: {e}"));
+    }
+
+    /// Reads a sysctl of this namespace.
+    pub fn sysctl_get(&self, name: &str) -> String {
+        let path = format!("/proc/sys/{name}");
+        let text = self
+            .run(|| std::fs::read_to_string(&path))
+            .unwrap_or_else(|e| panic!("{path}: {e}"));
+        text.trim_end().to_owned()
+    }
+
+    /// A UDP socket inside, with a receive deadline.
+    pub fn udp(&self, address: &str) -> std::net::UdpSocket {
+        let socket = self
+            .run(|| std::net::UdpSocket::bind(address))
+            .unwrap_or_else(|e| panic!("{}: {address}: {e}", self.name));
+        socket
+            .set_read_timeout(Some(crate::PATIENCE))
+            .expect("timeout");
+        socket
+    }
+
+    /// A TCP listener inside.
+    pub fn tcp(&self, address: &str) -> std::net::TcpListener {
+        self.run(|| std::net::TcpListener::bind(address))
+            .unwrap_or_else(|e| panic!("{}: {address}: {e}", self.name))
+    }
+}
+
+/// Changes the effective user of this thread alone: the raw call, since the C
+/// library would change every thread of the process.
+pub fn become_user(uid: u32) {
+    crate::raw::set_thread_user(uid).unwrap_or_else(|e| panic!("setresuid {uid}: {e}"));
+}

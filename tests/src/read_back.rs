@@ -1,0 +1,99 @@
+//! What the kernel says, by tools that are not ours.
+
+use serde_json::Value;
+
+use crate::ns::Ns;
+
+/// `nft -j list ruleset`.
+pub fn nft(ns: &Ns) -> Value {
+    let text = ns.sh("nft", &["-j", "list", "ruleset"]);
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("nft: {e}: {text}"))
+}
+
+/// Packets a named counter of our table has counted.
+pub fn counter(ns: &Ns, name: &str) -> u64 {
+    let all = nft(ns);
+    let found = all["nftables"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|o| o["counter"]["name"] == name);
+    found
+        .and_then(|o| o["counter"]["packets"].as_u64())
+        .unwrap_or_else(|| panic!("no counter {name}"))
+}
+
+/// The rules without anything that counts, and without set elements.
+pub fn rules_alone(ns: &Ns) -> Vec<Value> {
+    let all = nft(ns);
+    let mut out: Vec<Value> = all["nftables"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .cloned()
+        .collect();
+    for o in &mut out {
+        strip(o);
+    }
+    out.retain(|o| o.get("counter").is_none() && o.get("metainfo").is_none());
+    out
+}
+
+fn strip(v: &mut Value) {
+    match v {
+        Value::Object(map) => {
+            for gone in ["elem", "handle", "packets", "bytes"] {
+                map.remove(gone);
+            }
+            map.values_mut().for_each(strip);
+        }
+        Value::Array(all) => all.iter_mut().for_each(strip),
+        _ => {}
+    }
+}
+
+/// How many elements a set or map of our table holds.
+pub fn elements(ns: &Ns, name: &str) -> usize {
+    let all = nft(ns);
+    for o in all["nftables"].as_array().into_iter().flatten() {
+        for kind in ["set", "map"] {
+            if o[kind]["name"] == name && o[kind]["table"] == "rvpn" {
+                return o[kind]["elem"].as_array().map_or(0, Vec::len);
+            }
+        }
+    }
+    panic!("no set {name}");
+}
+
+/// `conntrack -L` lines that hold the text.
+pub fn flows(ns: &Ns, text: &str) -> Vec<String> {
+    let out = ns.sh("conntrack", &["-L", "-o", "extended"]);
+    out.lines()
+        .filter(|l| l.contains(text))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// `ip -j` with these words.
+pub fn ip_json(ns: &Ns, words: &str) -> Value {
+    let text = ns.ip(&format!("-j {words}"));
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("ip {words}: {e}: {text}"))
+}
+
+/// Names of devices of the pool.
+pub fn devices(ns: &Ns) -> Vec<String> {
+    let all = ip_json(ns, "link show");
+    let mut names: Vec<String> = all
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|l| l["ifname"].as_str())
+        .filter(|n| {
+            n.strip_prefix("rv")
+                .is_some_and(|d| d.parse::<u32>().is_ok())
+        })
+        .map(str::to_owned)
+        .collect();
+    names.sort_by_key(|n| n[2..].parse::<u32>().unwrap_or(0));
+    names
+}

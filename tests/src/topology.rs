@@ -1,0 +1,135 @@
+//! The standard set-up: `gw` and `nb` on one wire with the router `up`, which is the internet.
+//!
+//! ```text
+//!   gw (1.1.1.2, 2606:4700:4700::2) ──┐
+//!   nb (1.1.1.3, 2606:4700:4700::3) ──┼── wire ── up (1.1.1.1, 2606:4700:4700::1111; 8.8.8.8)
+//! ```
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Once;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+
+use crate::ns::Ns;
+
+pub const GW4: &str = "1.1.1.2";
+pub const UP4: &str = "1.1.1.1";
+pub const NB4: &str = "1.1.1.3";
+pub const FAR4: &str = "8.8.8.8";
+pub const GW6: &str = "2606:4700:4700::2";
+pub const UP6: &str = "2606:4700:4700::1111";
+pub const NB6: &str = "2606:4700:4700::3";
+
+/// The laboratory of one test.
+pub struct Lab {
+    pub gw: Ns,
+    pub up: Ns,
+    pub nb: Ns,
+    _wire: Ns,
+    /// A directory of this test's own, inside its private `/run`.
+    pub dir: PathBuf,
+}
+
+static PRIVATE: Once = Once::new();
+
+/// Whether more than one user can be told apart here.
+pub fn many_uids() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    map.split_whitespace()
+        .nth(2)
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(0_u64)
+        > 65_536
+}
+
+/// Gives this thread, and those it starts, mounts and a network of their own.
+/// The machine's interfaces are out of reach from here on.
+fn go_private() {
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
+        .expect("unshare: run the tests as root (sudo ./dev-bin/test) or in a user namespace");
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private mounts");
+    mount(
+        Some("tmpfs"),
+        "/run",
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("mode=0755"),
+    )
+    .expect("own /run");
+    // The mode udev gives the device, whatever it is on this machine.
+    if many_uids() {
+        let tun = "/run/net-tun";
+        mknod(
+            tun,
+            SFlag::S_IFCHR,
+            Mode::from_bits_truncate(0o666),
+            makedev(10, 200),
+        )
+        .expect("mknod tun");
+        fs::set_permissions(tun, fs::Permissions::from_mode(0o666)).expect("chmod tun");
+        mount(Some(tun), "/dev/net/tun", none, MsFlags::MS_BIND, none).expect("own /dev/net/tun");
+    }
+}
+
+impl Default for Lab {
+    fn default() -> Lab {
+        Lab::new()
+    }
+}
+
+impl Lab {
+    /// Builds it. One per test: each test is a thread or process of its own.
+    pub fn new() -> Lab {
+        go_private();
+        PRIVATE.call_once(|| {});
+        let (gw, up, nb, wire) = (Ns::new("gw"), Ns::new("up"), Ns::new("nb"), Ns::new("wire"));
+        wire.ip("link add br0 type bridge");
+        wire.ip("link set br0 up");
+        for (ns, port) in [(&gw, "p-gw"), (&up, "p-up"), (&nb, "p-nb")] {
+            connect(&wire, port, ns, "wan0");
+            wire.ip(&format!("link set {port} master br0"));
+            // Addresses of the wire must work at once, without their detection time.
+            ns.sysctl("net/ipv6/conf/wan0/accept_dad", "0");
+            ns.ip("link set wan0 up");
+        }
+        for (ns, v4, v6) in [(&gw, GW4, GW6), (&up, UP4, UP6), (&nb, NB4, NB6)] {
+            ns.ip(&format!("addr add {v4}/24 dev wan0"));
+            ns.ip(&format!("addr add {v6}/64 dev wan0 nodad"));
+        }
+        up.ip(&format!("addr add {FAR4}/32 dev lo"));
+        up.sysctl("net/ipv4/ip_forward", "1");
+        for ns in [&gw, &nb] {
+            ns.ip(&format!("route add default via {UP4}"));
+            ns.ip(&format!("-6 route add default via {UP6}"));
+        }
+        let dir = PathBuf::from("/run/lab");
+        fs::create_dir_all(&dir).expect("/run/lab");
+        Lab {
+            gw,
+            up,
+            nb,
+            _wire: wire,
+            dir,
+        }
+    }
+}
+
+/// A cable between two namespaces, both ends up.
+pub fn connect(a: &Ns, a_name: &str, b: &Ns, b_name: &str) {
+    // Made in a, under a passing name; moved by the process id of a waiting child of b.
+    let mut child = b.spawn(std::process::Command::new("cat").stdin(std::process::Stdio::piped()));
+    a.ip(&format!(
+        "link add {a_name} type veth peer name {b_name}-x netns {}",
+        child.id()
+    ));
+    drop(child.stdin.take());
+    let _ = child.wait();
+    b.ip(&format!("link set {b_name}-x name {b_name}"));
+    a.ip(&format!("link set {a_name} up"));
+    b.ip(&format!("link set {b_name} up"));
+}
