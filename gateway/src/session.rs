@@ -6,6 +6,7 @@ pub mod drive;
 pub mod hub;
 pub mod lease;
 pub mod transport;
+pub mod whose;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
