@@ -7,6 +7,7 @@
 
 pub mod capture;
 pub mod helper;
+pub mod naive;
 pub mod ns;
 pub mod packet;
 pub mod probe;

@@ -105,6 +105,35 @@ impl Ns {
         socket
     }
 
+    /// Sends a whole IP packet from inside, as it is, by this namespace's routes.
+    pub fn send_raw(&self, packet: &[u8]) {
+        use nix::sys::socket::{
+            AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6,
+            sendto, socket,
+        };
+        use std::os::fd::AsRawFd;
+        self.run(|| {
+            let flags = SockFlag::SOCK_CLOEXEC;
+            if packet[0] >> 4 == 4 {
+                let to = SockaddrIn::new(packet[16], packet[17], packet[18], packet[19], 0);
+                let s = socket(AddressFamily::Inet, SockType::Raw, flags, SockProtocol::Raw)
+                    .expect("raw socket");
+                sendto(s.as_raw_fd(), packet, &to, MsgFlags::empty()).expect("raw packet");
+            } else {
+                let to: [u8; 16] = packet[24..40].try_into().expect("address");
+                let to = SockaddrIn6::from(std::net::SocketAddrV6::new(to.into(), 0, 0, 0));
+                let s = socket(
+                    AddressFamily::Inet6,
+                    SockType::Raw,
+                    flags,
+                    SockProtocol::Raw,
+                )
+                .expect("raw socket");
+                sendto(s.as_raw_fd(), packet, &to, MsgFlags::empty()).expect("raw packet");
+            }
+        });
+    }
+
     /// A TCP listener inside.
     pub fn tcp(&self, address: &str) -> std::net::TcpListener {
         self.run(|| std::net::TcpListener::bind(address))

@@ -406,6 +406,14 @@ impl Rule<'_> {
         .cmp(R0, op, &u32::from(kind).to_ne_bytes())
     }
 
+    /// The packet claims to come from an address of this host.
+    pub(crate) fn saddr_is_local(&mut self) -> &mut Self {
+        self.expr("fib", |b| {
+            b.be32(1, R0).be32(2, 3).be32(3, 1);
+        })
+        .cmp(R0, Cmp::Eq, &u32::from(libc::RTN_LOCAL).to_ne_bytes())
+    }
+
     /// True when the flow's state is one of these bits.
     pub(crate) fn ct_state(&mut self, bits: u32) -> &mut Self {
         self.expr("ct", |b| {
@@ -484,7 +492,9 @@ impl Rule<'_> {
             });
         }
         self.expr("masq", |b| {
-            b.be32(1, PORTS_GIVEN | FULLY_RANDOM).be32(2, R0).be32(3, R1);
+            b.be32(1, PORTS_GIVEN | FULLY_RANDOM)
+                .be32(2, R0)
+                .be32(3, R1);
         });
     }
 

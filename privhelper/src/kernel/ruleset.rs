@@ -88,6 +88,9 @@ const DROP_ORDER: i32 = -310;
 const MARK_ORDER: i32 = -150;
 const SOURCE_NAT_ORDER: i32 = 100;
 
+/// Keys, each with what it leads to.
+type Elements<'c> = Vec<(Vec<u8>, Data<'c>)>;
+
 fn key4(index: u32, addr: Ipv4Addr) -> Vec<u8> {
     [&index.to_ne_bytes()[..], &addr.octets()].concat()
 }
@@ -105,7 +108,7 @@ fn lease_elements<'c>(
     config: &Config,
     leases: &[Element],
     chains: &'c [String],
-) -> [(&'static str, Vec<(Vec<u8>, Data<'c>)>); 9] {
+) -> [(&'static str, Elements<'c>); 9] {
     let goto = |e: &Element| {
         Data::Verdict(Verdict::Goto(
             chains.get(usize::from(e.class)).map_or("", String::as_str),
@@ -459,6 +462,8 @@ pub(crate) fn own_nets(c: &Config) -> [Net; 4] {
 /// What no client may do, whatever its class.
 fn refuse_everyone(b: &mut Batch<'_>, config: &Config) {
     let c = "everyone";
+    // The lease's prefix holds the host's own address too.
+    b.rule(c, |r| r.saddr_is_local().drop("spoofed"));
     b.rule(c, |r| {
         r.family(libc::AF_INET)
             .meta(Meta::L4Proto, R0)
