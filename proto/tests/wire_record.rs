@@ -259,7 +259,8 @@ fn rewritten_equals(message: &[u8]) -> Result<(), TestCaseError> {
     let mut again = Vec::new();
     for record in Reader::new(message) {
         match record {
-            Ok(record) => append(&mut again, record.packet, record.offload).unwrap(),
+            Ok(record) => append(&mut again, record.packet, record.offload)
+                .map_err(|error| TestCaseError::fail(error.to_string()))?,
             Err(error) => {
                 prop_assert_eq!(error.offset, again.len());
                 return Ok(());
