@@ -156,8 +156,11 @@ impl Cores {
 impl Drop for Cores {
     fn drop(&mut self) {
         self.stop.send_replace(true);
+        let here = std::thread::current().id();
         for core in &mut self.cores {
+            // A data thread may be the one that drops us; it cannot wait for itself.
             if let Some(thread) = core.thread.take()
+                && thread.thread().id() != here
                 && thread.join().is_err()
             {
                 warn!("a data core ended by a panic");
@@ -207,6 +210,22 @@ mod tests {
         cores.measure();
         drop(a);
         assert_eq!(cores.least_loaded().core(), CoreId(0));
+    }
+
+    #[test]
+    fn a_task_may_hold_the_last_reference_to_its_own_core() {
+        let cores = Arc::new(Cores::start(2, false).unwrap());
+        let held = Arc::clone(&cores);
+        let (go, wait) = tokio::sync::oneshot::channel::<()>();
+        let (tx, rx) = mpsc::channel();
+        cores.spawn(CoreId(0), async move {
+            wait.await.unwrap();
+            drop(held);
+            tx.send(()).unwrap();
+        });
+        drop(cores);
+        go.send(()).unwrap();
+        rx.recv_timeout(Duration::from_secs(5)).unwrap();
     }
 
     #[test]

@@ -7,22 +7,22 @@
 
 mod session_support;
 
-use std::io::{self, IoSlice};
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use rvpn_gateway::cores::Cores;
 use rvpn_gateway::helper::{Helper, HelperConfig};
-use rvpn_gateway::meter::{DropReason, Meter, Orphan, Totals};
-use rvpn_gateway::session::begin::{Arrival, Place, Protocol};
-use rvpn_gateway::session::drive::{Carriage, End, Patience};
+use rvpn_gateway::meter::{Meter, Orphan, Totals};
+use rvpn_gateway::session::begin::Arrival;
+use rvpn_gateway::session::drive::Patience;
 use rvpn_gateway::session::{Guest, Settings, Shared};
 use rvpn_gateway::ticket::TicketKey;
-use rvpn_gateway::tun::{Tun, VIRTIO_LEN};
+use rvpn_gateway::tun::VIRTIO_LEN;
 use rvpn_ipc::{Key, Status};
 use session_support::fake_helper::{FakeHelper, PATIENCE, SlotState};
+use session_support::plain::{LONG, Plain};
 use session_support::wire::{Client, connect};
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -31,90 +31,6 @@ use tokio_tungstenite::tungstenite::Message;
 
 const ALICE: Key = Key([1; 16]);
 const BOB: Key = Key([2; 16]);
-
-struct Plain {
-    patience: Patience,
-    lingers: bool,
-}
-
-struct PlainCarriage {
-    queue: std::collections::VecDeque<Vec<u8>>,
-}
-
-impl Carriage for PlainCarriage {
-    fn outbound(
-        &mut self,
-        message: &Bytes,
-        tun: &Tun,
-        totals: &mut Totals,
-        _scratch: &mut [u8],
-        _now: tokio::time::Instant,
-    ) -> Result<(), End> {
-        let parts = [IoSlice::new(&[0; VIRTIO_LEN]), IoSlice::new(message)];
-        match tun.write(&parts) {
-            Ok(()) => totals.outbound.pass(1, message.len() as u64),
-            Err(_) => totals.outbound.drop(DropReason::Kernel, 1),
-        }
-        Ok(())
-    }
-
-    fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, _now: tokio::time::Instant) {
-        if self.queue.len() == 4 {
-            totals.inbound.drop(DropReason::Overload, 1);
-            return;
-        }
-        self.queue.push_back(read[VIRTIO_LEN..].to_vec());
-    }
-
-    fn message(
-        &mut self,
-        _buffer: &mut BytesMut,
-        totals: &mut Totals,
-        _now: tokio::time::Instant,
-    ) -> Option<Message> {
-        let packet = self.queue.pop_front()?;
-        totals.inbound.pass(1, packet.len() as u64);
-        Some(Message::binary(packet))
-    }
-
-    fn due(&self) -> Option<tokio::time::Instant> {
-        None
-    }
-
-    fn text(&mut self, text: &str, _totals: &Totals) -> Result<Option<Message>, End> {
-        match text {
-            "goodbye" => Err(End::Goodbye),
-            other => Ok(Some(Message::text(other.to_uppercase()))),
-        }
-    }
-}
-
-impl Protocol for Plain {
-    type Carriage = PlainCarriage;
-
-    fn service(&self) -> &'static str {
-        "packets"
-    }
-
-    fn patience(&self) -> Patience {
-        self.patience
-    }
-
-    fn welcome(&mut self, place: &Place) -> io::Result<(Vec<Message>, PlainCarriage)> {
-        let (v4, v6) = place.inner_pair();
-        let hello = format!("{v4} {v6} {}", place.ticket.clone().unwrap_or_default());
-        let queue = std::collections::VecDeque::new();
-        Ok((vec![Message::text(hello)], PlainCarriage { queue }))
-    }
-
-    fn farewell(&self, code: u16, _: &str, retry_after: Option<Duration>) -> Option<Message> {
-        Some(Message::text(format!("{code} {retry_after:?}")))
-    }
-
-    fn lingers(&self) -> bool {
-        self.lingers
-    }
-}
 
 struct Lab {
     fake: FakeHelper,
@@ -245,11 +161,6 @@ impl Device {
         self.0.send(&whole).unwrap();
     }
 }
-
-const LONG: Patience = Patience {
-    silence: Duration::from_secs(60),
-    ping_every: None,
-};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn packets_cross_both_ways_and_are_counted_to_the_byte() {
