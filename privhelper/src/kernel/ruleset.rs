@@ -83,6 +83,7 @@ const SPECIAL6: [(u128, u8); 7] = [
 const ESTABLISHED_RELATED: u32 = 2 | 4;
 const STATE_INVALID: u32 = 1;
 const STATE_NEW: u32 = 8;
+const TAG_MASK: u32 = 0xff00_0000;
 const PROTO_ICMP6: libc::c_int = 58;
 const DROP_ORDER: i32 = -310;
 const MARK_ORDER: i32 = -150;
@@ -428,6 +429,16 @@ impl Rule<'_> {
         }
     }
 
+    /// The flow bears the mark of a lease. One that began while the lease ended or
+    /// the table was away bears none: no flush would find it, nothing translates it.
+    fn leased(&mut self) -> &mut Self {
+        self.ct_mark(R0).and(R0, &TAG_MASK.to_ne_bytes()).cmp(
+            R0,
+            Cmp::Eq,
+            &plan::MARK_TAG.to_ne_bytes(),
+        )
+    }
+
     /// Interface and the slot's prefix of an address, side by side from the first register.
     fn slot_key(&mut self, interface: Meta, v6: bool, source: bool) -> &mut Self {
         match (v6, source) {
@@ -611,6 +622,17 @@ fn marks(b: &mut Batch<'_>, config: &Config) {
                 .verdict(Verdict::Goto("new_flow"));
         });
     }
+    // A packet that met its lease in the first chain may find it gone in this one.
+    b.rule("mark", |r| {
+        r.meta_is(Meta::IifGroup, Cmp::Eq, config.link_group)
+            .ct_state(STATE_NEW)
+            .drop("unleased");
+    });
+    for net in [Net::V4(config.stream4), Net::V6(config.stream6)] {
+        b.rule("stream_mark", |r| {
+            r.ct_state(STATE_NEW).saddr_in(net).drop("unleased")
+        });
+    }
     for class in &config.classes {
         let n = u32::from(class.number) << plan::MARK_CLASS_SHIFT;
         b.rule("new_flow", |r| {
@@ -659,11 +681,13 @@ fn forward(b: &mut Batch<'_>, config: &Config) {
         });
     }
     b.rule("fwd_out", |r| {
-        r.verdict(Verdict::Accept);
+        r.leased().verdict(Verdict::Accept);
     });
+    b.rule("fwd_out", |r| r.drop("unleased"));
     for v6 in [false, true] {
         b.rule("fwd_in", |r| {
-            r.ct_state(ESTABLISHED_RELATED)
+            r.leased()
+                .ct_state(ESTABLISHED_RELATED)
                 .slot_key(Meta::Oif, v6, false)
                 .lookup(if v6 { "back6" } else { "back4" }, R0, false)
                 .verdict(Verdict::Accept);
@@ -706,6 +730,10 @@ fn host(b: &mut Batch<'_>, config: &Config) {
         b.rule("out", |r| {
             r.saddr_in(net).clamp_mss();
         });
+        b.rule("out", |r| {
+            r.leased().saddr_in(net).verdict(Verdict::Accept);
+        });
+        b.rule("out", |r| r.saddr_in(net).drop("unleased"));
     }
 }
 
