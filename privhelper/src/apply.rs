@@ -101,15 +101,15 @@ pub(crate) fn open_uplinks(k: &mut Kernel, config: &Config, uplinks: &[u32]) -> 
     let mut journal = Journal::open(&config.state)?;
     for &index in uplinks {
         let name = link::get(&mut k.route, index)?.name;
-        journal.set(&format!("net/ipv4/conf/{name}/forwarding"), "1")?;
-        journal.set(&format!("net/ipv4/conf/{name}/arp_ignore"), "1")?;
-        journal.set(&format!("net/ipv4/conf/{name}/arp_announce"), "2")?;
-        if !journal.set(&format!("net/ipv6/conf/{name}/force_forwarding"), "1")? {
+        journal.raise(&format!("net/ipv4/conf/{name}/forwarding"), "1")?;
+        journal.raise(&format!("net/ipv4/conf/{name}/arp_ignore"), "1")?;
+        journal.raise(&format!("net/ipv4/conf/{name}/arp_announce"), "2")?;
+        if !journal.raise(&format!("net/ipv6/conf/{name}/force_forwarding"), "1")? {
             // A router ignores advertisements unless told otherwise: the default route must stay.
             if sysctl::read(&format!("net/ipv6/conf/{name}/accept_ra"))?.as_deref() == Some("1") {
-                journal.set(&format!("net/ipv6/conf/{name}/accept_ra"), "2")?;
+                journal.raise(&format!("net/ipv6/conf/{name}/accept_ra"), "2")?;
             }
-            journal.set("net/ipv6/conf/all/forwarding", "1")?;
+            journal.raise("net/ipv6/conf/all/forwarding", "1")?;
         }
     }
     Ok(())

@@ -33,12 +33,13 @@ impl Journal {
         Ok(Journal { path, lines })
     }
 
-    /// Sets a sysctl, remembering what it was; false when this kernel has none of that name.
-    pub(crate) fn set(&mut self, name: &str, value: &str) -> io::Result<bool> {
+    /// Raises a sysctl, remembering what it was; false when this kernel has none of that name.
+    /// What is higher already is stricter, and stays.
+    pub(crate) fn raise(&mut self, name: &str, value: &str) -> io::Result<bool> {
         let Some(old) = sysctl::read(name)? else {
             return Ok(false);
         };
-        if old == value {
+        if old.as_str() >= value {
             return Ok(true);
         }
         if !self.lines.iter().any(|(n, _, _)| n == name) {

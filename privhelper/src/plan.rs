@@ -11,6 +11,8 @@ pub(crate) const NAME_PREFIX: &str = "rv";
 
 /// High bits of every connection mark of ours, so that a mask tells them from other software's.
 pub(crate) const MARK_TAG: u32 = 0x5200_0000;
+/// The bits a mark's tag occupies.
+pub(crate) const MARK_TAG_MASK: u32 = 0xff00_0000;
 /// The bits a mark's tag and slot occupy; the class lies between.
 pub(crate) const MARK_SLOT_MASK: u32 = 0xff00_ffff;
 /// Where the class lies.

@@ -6,7 +6,8 @@ use std::io;
 use crate::apply;
 use crate::config::{Config, Net};
 use crate::journal::Journal;
-use crate::kernel::{Kernel, link, ruleset};
+use crate::kernel::{Kernel, conntrack, link, ruleset};
+use crate::plan;
 
 /// What was removed.
 #[derive(Debug, Default)]
@@ -31,6 +32,10 @@ pub(crate) fn teardown(k: &mut Kernel, config: &Config) -> io::Result<Removed> {
     }
     link::any_ip(&mut k.route, Net::V4(config.stream4), false)?;
     link::any_ip(&mut k.route, Net::V6(config.stream6), false)?;
+    // The devices are gone, so no flow begins again.
+    if ruleset::rules_present(k)? > 0 {
+        conntrack::flush(&mut k.filter, plan::MARK_TAG, plan::MARK_TAG_MASK)?;
+    }
     ruleset::remove(k)?;
     let sysctls = Journal::open(&config.state)?.restore()?;
     for path in [config.socket.clone(), config.lock_path()] {

@@ -83,7 +83,6 @@ const SPECIAL6: [(u128, u8); 7] = [
 const ESTABLISHED_RELATED: u32 = 2 | 4;
 const STATE_INVALID: u32 = 1;
 const STATE_NEW: u32 = 8;
-const TAG_MASK: u32 = 0xff00_0000;
 const PROTO_ICMP6: libc::c_int = 58;
 const DROP_ORDER: i32 = -310;
 const MARK_ORDER: i32 = -150;
@@ -109,7 +108,7 @@ fn lease_elements<'c>(
     config: &Config,
     leases: &[Element],
     chains: &'c [String],
-) -> [(&'static str, Elements<'c>); 9] {
+) -> [(&'static str, Elements<'c>); 10] {
     let goto = |e: &Element| {
         Data::Verdict(Verdict::Goto(
             chains.get(usize::from(e.class)).map_or("", String::as_str),
@@ -128,6 +127,8 @@ fn lease_elements<'c>(
     let v6 = |e: &Element| key6(e.index, plan::v6_base(config.pool6, e.slot));
     let s4 = |e: &Element| plan::stream4(config, e.slot).octets().to_vec();
     let s6 = |e: &Element| plan::stream6(config, e.slot).octets().to_vec();
+    // Without the class: a lease resumed in another keeps its flows.
+    let owner = |e: &Element| key4(e.index, plan::mark(e.slot, 0).to_ne_bytes().into());
     let mark = |e: &Element| Data::Value(plan::mark(e.slot, e.class));
     [
         ("lease4", all(&|e| (v4(e), goto(e)))),
@@ -135,6 +136,7 @@ fn lease_elements<'c>(
         ("back4", all(&|e| (v4(e), Data::None))),
         ("back6", all(&|e| (v6(e), Data::None))),
         ("marks", all(&|e| (e.index.to_ne_bytes().to_vec(), mark(e)))),
+        ("owned", all(&|e| (owner(e), Data::None))),
         ("stream4", streams(&|e| (s4(e), goto(e)))),
         ("stream6", streams(&|e| (s6(e), goto(e)))),
         ("stream_marks4", streams(&|e| (s4(e), mark(e)))),
@@ -297,6 +299,14 @@ fn sets(b: &mut Batch<'_>, config: &Config) {
     set("lease6", pair6, SET_MAP, None, true, 0);
     set("back4", pair4, 0, None, true, 0);
     set("back6", pair6, 0, None, true, 0);
+    set(
+        "owned",
+        (concat(TYPE_IFINDEX, TYPE_MARK), 8),
+        0,
+        None,
+        false,
+        0,
+    );
     set("marks", (TYPE_IFINDEX, 4), SET_MAP, mark, false, 0);
     set("stream4", ip4, SET_MAP, None, true, 0);
     set("stream6", ip6, SET_MAP, None, true, 0);
@@ -429,14 +439,21 @@ impl Rule<'_> {
         }
     }
 
-    /// The flow bears the mark of a lease. One that began while the lease ended or
-    /// the table was away bears none: no flush would find it, nothing translates it.
+    /// The flow bears a mark of ours. One that began while the lease ended or the
+    /// table was away bears none: no flush would find it, nothing translates it.
     fn leased(&mut self) -> &mut Self {
-        self.ct_mark(R0).and(R0, &TAG_MASK.to_ne_bytes()).cmp(
-            R0,
-            Cmp::Eq,
-            &plan::MARK_TAG.to_ne_bytes(),
-        )
+        self.ct_mark(R0)
+            .and(R0, &plan::MARK_TAG_MASK.to_ne_bytes())
+            .cmp(R0, Cmp::Eq, &plan::MARK_TAG.to_ne_bytes())
+    }
+
+    /// The flow bears the mark of the lease behind the interface. An ICMP error
+    /// belongs to the flow it quotes, which may be another client's.
+    fn owned(&mut self, interface: Meta) -> &mut Self {
+        self.meta(interface, R0)
+            .ct_mark(R1)
+            .and(R1, &plan::MARK_SLOT_MASK.to_ne_bytes())
+            .lookup("owned", R0, false)
     }
 
     /// Interface and the slot's prefix of an address, side by side from the first register.
@@ -681,12 +698,12 @@ fn forward(b: &mut Batch<'_>, config: &Config) {
         });
     }
     b.rule("fwd_out", |r| {
-        r.leased().verdict(Verdict::Accept);
+        r.owned(Meta::Iif).verdict(Verdict::Accept);
     });
     b.rule("fwd_out", |r| r.drop("unleased"));
     for v6 in [false, true] {
         b.rule("fwd_in", |r| {
-            r.leased()
+            r.owned(Meta::Oif)
                 .ct_state(ESTABLISHED_RELATED)
                 .slot_key(Meta::Oif, v6, false)
                 .lookup(if v6 { "back6" } else { "back4" }, R0, false)
