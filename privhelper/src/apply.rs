@@ -248,6 +248,13 @@ pub(crate) fn recreate(
     if index != 0 {
         link::delete(&mut k.route, index)?;
     }
+    // One made by an earlier try that failed later on is known by its tag alone.
+    if let Some(left) = link::index_of(&mut k.route, &plan::device_name(slot))? {
+        let l = link::get(&mut k.route, left)?;
+        if l.group == config.link_group && l.tun.is_some() && Tag::from_alias(&l.alias).is_some() {
+            link::delete(&mut k.route, left)?;
+        }
+    }
     let made = create_tagged(k, config, &[(slot, tag)])?;
     made.first()
         .map(|m| m.1)
@@ -261,7 +268,7 @@ pub(crate) fn base(
     uplinks: &[u32],
     leases: &[ruleset::Element],
 ) -> io::Result<usize> {
-    let rules = ruleset::install(k, config, uplinks, leases)?;
+    let rules = ruleset::ensure(k, config, uplinks, leases)?;
     link::any_ip(&mut k.route, Net::V4(config.stream4), true)?;
     link::any_ip(&mut k.route, Net::V6(config.stream6), true)?;
     open_uplinks(k, config, uplinks)?;

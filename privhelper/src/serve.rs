@@ -227,7 +227,7 @@ impl Server {
             if ready[3] {
                 self.read_tables();
             }
-            self.settle_doubts()?;
+            self.settle_doubts();
             if ready[4] {
                 self.peers.accept(self.listener.as_fd(), Instant::now());
             }
@@ -290,7 +290,7 @@ impl Server {
         if now >= self.next_verify {
             self.next_verify = now + VERIFY;
             self.doubts.rules = true;
-            self.settle_doubts()?;
+            self.settle_doubts();
         }
         if let Some(interval) = self.notify.watchdog
             && now >= self.next_watchdog

@@ -42,6 +42,39 @@ pub fn bin(name: &str) -> PathBuf {
     path
 }
 
+/// The helper with faults on demand, built beside the plain one.
+pub fn faulty() -> PathBuf {
+    static BUILT: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    BUILT
+        .get_or_init(|| {
+            let dir = bin("rvpn-privhelper")
+                .parent()
+                .expect("directory")
+                .join("faulty");
+            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+            let built = Command::new(cargo)
+                .args([
+                    "build",
+                    "--quiet",
+                    "--locked",
+                    "-p",
+                    "rvpn-privhelper",
+                    "--features",
+                    "fault-hooks",
+                ])
+                .arg("--target-dir")
+                .arg(&dir)
+                .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+                .status();
+            assert!(
+                built.is_ok_and(|s| s.success()),
+                "the helper with fault hooks does not build"
+            );
+            dir.join("debug/rvpn-privhelper")
+        })
+        .clone()
+}
+
 /// A helper process, its configuration and its log.
 pub struct Helper {
     child: Option<Child>,

@@ -183,6 +183,8 @@ impl Socket {
 
     /// Numbers and sends the messages; returns the first and last number.
     fn send(&mut self, batch: &mut Buf) -> io::Result<(u32, u32)> {
+        #[cfg(feature = "fault-hooks")]
+        crate::fault::refuse("send")?;
         let first = self.seq.wrapping_add(1);
         let mut at = 0;
         while let Some(len) = u32_at(&batch.0, at) {

@@ -13,6 +13,7 @@ const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 
 pub(crate) const NEW_TABLE: u16 = 0;
+pub(crate) const GET_TABLE: u16 = 1;
 pub(crate) const DEL_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const NEW_RULE: u16 = 6;

@@ -16,9 +16,9 @@ use crate::plan;
 use super::Kernel;
 use super::netlink::{Message, attr_of, text_of};
 use super::nft::{
-    Base, Batch, Cmp, Data, FAMILY_INET, FORWARD, GET_RULE, Hook, INPUT, Meta, OUTPUT, POSTROUTING,
-    PREROUTING, R0, R1, Rule, SET_EVAL, SET_INTERVAL, SET_MAP, Set, TABLE, TYPE_IFINDEX, TYPE_IPV4,
-    TYPE_IPV6, TYPE_MARK, TYPE_PROTOCOL, Verdict, concat,
+    Base, Batch, Cmp, Data, FAMILY_INET, FORWARD, GET_RULE, GET_TABLE, Hook, INPUT, Meta, OUTPUT,
+    POSTROUTING, PREROUTING, R0, R1, Rule, SET_EVAL, SET_INTERVAL, SET_MAP, Set, TABLE,
+    TYPE_IFINDEX, TYPE_IPV4, TYPE_IPV6, TYPE_MARK, TYPE_PROTOCOL, Verdict, concat,
 };
 
 pub(crate) const NAME: &str = "rvpn";
@@ -209,18 +209,95 @@ pub(crate) fn rules_present(k: &mut Kernel) -> io::Result<usize> {
     Ok(n.get())
 }
 
-/// Replaces the whole table in one transaction, live leases included; returns its number of rules.
+/// Puts the table in place, live leases included, and returns its number of rules.
+/// One of an earlier start with the same configuration stays and only its
+/// elements are set anew: to replace a table costs packets for a millisecond.
+pub(crate) fn ensure(
+    k: &mut Kernel,
+    config: &Config,
+    uplinks: &[u32],
+    leases: &[Element],
+) -> io::Result<usize> {
+    let whole = build(config, uplinks, leases);
+    let rules = whole.rules;
+    if comment(k)?.as_deref() != Some(&fingerprint(config)) || rules_present(k)? != rules {
+        return install(k, config, uplinks, leases);
+    }
+    let chains = chains_of(config);
+    let mut b = Batch::new(NAME);
+    b.clear("uplinks");
+    b.add("uplinks", &uplink_elements(uplinks));
+    for (set, elements) in lease_elements(config, leases, &chains) {
+        b.clear(set);
+        b.add(set, &elements);
+    }
+    b.run(&mut k.filter)?;
+    Ok(rules)
+}
+
+/// Replaces the whole table in one transaction; returns its number of rules.
 pub(crate) fn install(
     k: &mut Kernel,
     config: &Config,
     uplinks: &[u32],
     leases: &[Element],
 ) -> io::Result<usize> {
+    #[cfg(feature = "fault-hooks")]
+    crate::fault::refuse("install")?;
+    let b = build(config, uplinks, leases);
+    let rules = b.rules;
+    b.run(&mut k.filter)?;
+    Ok(rules)
+}
+
+/// What the rules depend on, as the table's comment tells a later start.
+fn fingerprint(config: &Config) -> String {
+    let text = format!(
+        "{} {:?}",
+        env!("CARGO_PKG_VERSION"),
+        Config {
+            slots: 0,
+            max_slots: 0,
+            grow: 0,
+            ..config.clone()
+        }
+    );
+    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("made and kept by rvpn-privhelper, configuration {hash:016x}")
+}
+
+/// The table's comment, if there is a table with one.
+fn comment(k: &mut Kernel) -> io::Result<Option<String>> {
+    const USERDATA: u16 = 6;
+    let found = std::cell::RefCell::new(None);
+    let each = |m: Message<'_>| {
+        let attrs = m.body.get(4..).unwrap_or_default();
+        if attr_of(attrs, TABLE).map(text_of).as_deref() == Some(NAME) {
+            *found.borrow_mut() = attr_of(attrs, USERDATA)
+                .and_then(|d| d.get(2..))
+                .map(text_of);
+        }
+    };
+    let fixed = [FAMILY_INET, 0, 0, 0];
+    k.filter.dump(
+        SUBSYSTEM | GET_TABLE,
+        &fixed,
+        |_| {},
+        each,
+        || *found.borrow_mut() = None,
+    )?;
+    Ok(found.into_inner())
+}
+
+/// The batch that makes the table anew.
+fn build<'c>(config: &Config, uplinks: &[u32], leases: &[Element]) -> Batch<'c> {
     let chains = chains_of(config);
     let mut b = Batch::new(NAME);
     b.new_table("");
     b.delete_table();
-    b.new_table("leases and egress of RVPN; made and kept by rvpn-privhelper");
+    b.new_table(&fingerprint(config));
     for reason in REASONS {
         b.counter(reason);
     }
@@ -245,9 +322,7 @@ pub(crate) fn install(
     for (set, elements) in lease_elements(config, leases, &chains) {
         b.add(set, &elements);
     }
-    let rules = b.rules;
-    b.run(&mut k.filter)?;
-    Ok(rules)
+    b
 }
 
 fn timeouts(b: &mut Batch<'_>, config: &Config) {

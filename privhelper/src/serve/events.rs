@@ -110,15 +110,27 @@ impl Server {
         }
     }
 
-    pub(super) fn settle_doubts(&mut self) -> io::Result<()> {
+    /// What cannot be settled now is looked at again, all of it.
+    pub(super) fn settle_doubts(&mut self) {
+        if let Err(e) = self.try_settle() {
+            say(
+                3,
+                &format!("the kernel could not be asked, trying again: {e}"),
+            );
+            self.doubts.everything = true;
+            self.doubts.uplinks = Some(Instant::now() + SETTLE);
+        }
+    }
+
+    fn try_settle(&mut self) -> io::Result<()> {
         let now = Instant::now();
         let due = self.doubts.retry.is_none_or(|t| t <= now);
-        if due && (self.doubts.tampered || self.doubts.rules || self.doubts.retry.is_some()) {
-            let whole = !self.doubts.tampered
-                && self.doubts.retry.is_none()
-                && ruleset::rules_present(&mut self.kernel)? == self.rules;
+        let asked = self.doubts.tampered || self.doubts.rules || self.doubts.retry.is_some();
+        if due && asked {
+            let (tampered, retried) = (self.doubts.tampered, self.doubts.retry.is_some());
+            let whole = ruleset::rules_present(&mut self.kernel)? == self.rules;
             (self.doubts.tampered, self.doubts.rules) = (false, false);
-            if !whole {
+            if tampered || retried || !whole {
                 self.restore_rules();
             }
         }

@@ -329,6 +329,8 @@ impl Server {
             }
             ruleset::add_lease(k, config, opened)?;
         }
+        #[cfg(feature = "fault-hooks")]
+        crate::fault::at("opened");
         pool.grant(slot, wanted, id);
         Ok((attached.0.into_fd(), attached.1))
     }
