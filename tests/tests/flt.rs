@@ -131,10 +131,10 @@ fn flt_11_the_kernel_refuses_now_and_then() {
     for error in [libc::ENOBUFS, libc::EBUSY, libc::EEXIST, libc::EPERM] {
         let lab = Lab::new();
         let mut helper = Helper::prepared(&lab, "");
-        // Not while it starts: from then on every ninth message.
+        // Not while it starts: from then on one message of thirty-one.
         helper.program(
             program.clone(),
-            &[("RVPN_FAULT", &format!("send:{error}:70+9"))],
+            &[("RVPN_FAULT", &format!("send:{error}:70+31"))],
         );
         helper.start(&lab.gw);
         let mut client = helper.connect();
