@@ -328,6 +328,8 @@ fn with_routes(routes: &[&str], policy: &Policy<'_>) -> Result<(), Refusal> {
 #[test]
 fn an_honest_welcome_is_accepted() {
     assert_eq!(welcome().validate(&NOTHING), Ok(()));
+    // Routes that the client does not use are no reason to stay away.
+    assert_eq!(with_routes(&["0.0.0.0/0"], &NOTHING), Ok(()));
     let local = [prefix("192.168.1.0/24")];
     let narrow = Policy {
         routes: true,
@@ -361,7 +363,6 @@ fn hostile_routes_are_refused_by_name() {
         }
         other => panic!("{route}: {other:?}"),
     };
-    assert_eq!(fault("10.0.0.0/8", &NOTHING), RouteFault::NotWanted);
     for route in [
         "0.0.0.0/0",
         "0.0.0.0/1",

@@ -17,7 +17,8 @@ use crate::record::HEADER_LEN;
 /// What the user allows gateways to decide.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Policy<'a> {
-    /// Routes of the gateway are used at all. If not, they are refused.
+    /// Routes of the gateway are used at all. If not, they are not judged
+    /// either: a gateway suggests the default route to everybody.
     pub routes: bool,
     /// They may cover the whole Internet.
     pub default_route: bool,
@@ -53,8 +54,6 @@ pub enum Refusal {
 /// What is wrong with a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RouteFault {
-    /// Routes of the gateway are not wanted.
-    NotWanted,
     /// It covers all or a large part of the Internet.
     Whole,
     /// It takes a network that the client is directly attached to.
@@ -123,6 +122,9 @@ impl Welcome {
     }
 
     fn validate_routes(&self, policy: &Policy<'_>) -> Result<(), Refusal> {
+        if !policy.routes {
+            return Ok(());
+        }
         let mut total = 0_u64;
         for route in self.routes.iter().copied() {
             check_route(route, policy).map_err(|fault| Refusal::Route(route, fault))?;
@@ -138,9 +140,6 @@ impl Welcome {
 }
 
 fn check_route(route: Prefix, policy: &Policy<'_>) -> Result<(), RouteFault> {
-    if !policy.routes {
-        return Err(RouteFault::NotWanted);
-    }
     if is_half(route) && policy.default_route {
         return Ok(());
     }
@@ -228,7 +227,6 @@ impl Error for Refusal {}
 impl fmt::Display for RouteFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotWanted => f.write_str("but its routes were not asked for"),
             Self::Whole => f.write_str("but the default route was not allowed to it"),
             Self::Local(local) => write!(f, "which takes the local network {local}"),
             Self::Special(special) => write!(f, "which reaches into the special range {special}"),
