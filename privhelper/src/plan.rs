@@ -51,6 +51,19 @@ pub(crate) fn v6_base(pool: Net6, slot: Slot) -> Ipv6Addr {
     Ipv6Addr::from(u128::from(pool.addr) + (u128::from(slot) << 64))
 }
 
+/// The host's addresses on the slot's device, with the slot's prefixes.
+pub(crate) fn hosts(config: &Config, slot: Slot) -> (Net4, Net6) {
+    let v4 = Net4 {
+        addr: v4_host(config.pool4, slot),
+        len: 24,
+    };
+    let v6 = Net6 {
+        addr: v6_base(config.pool6, slot),
+        len: 112,
+    };
+    (v4, v6)
+}
+
 /// Where the slot's streams leave from.
 pub(crate) fn stream4(config: &Config, slot: Slot) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(config.stream4.addr) + slot)

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 
-use crate::apply;
+use crate::apply::{self, BATCH};
 use crate::config::{Config, Net};
 use crate::journal::Journal;
 use crate::kernel::{Kernel, conntrack, link, ruleset};
@@ -20,6 +20,16 @@ pub(crate) struct Removed {
 
 pub(crate) fn teardown(k: &mut Kernel, config: &Config) -> io::Result<Removed> {
     let found = apply::survey(k, config)?;
+    for some in found.ours.chunks(BATCH as usize) {
+        let hosts: Vec<_> = some
+            .iter()
+            .map(|d| {
+                let (v4, v6) = plan::hosts(config, d.slot);
+                (d.index, v4, v6)
+            })
+            .collect();
+        link::unroute(&mut k.route, &hosts);
+    }
     let foreign_in_group = link::dump(&mut k.route)?
         .iter()
         .any(|l| l.group == config.link_group && found.foreign.contains(&l.name));

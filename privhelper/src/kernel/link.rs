@@ -1,7 +1,7 @@
 //! Links, addresses and routes, many to a message batch.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::Ipv6Addr;
 
 use crate::config::{Net, Net4, Net6};
 
@@ -39,10 +39,10 @@ pub(crate) struct TunState {
 }
 
 /// What a device of ours is to become.
-pub(crate) struct Spec<'a> {
+pub(crate) struct Spec {
     pub(crate) index: u32,
     pub(crate) group: u32,
-    pub(crate) alias: &'a str,
+    pub(crate) alias: String,
     pub(crate) mtu: u16,
     pub(crate) txqueuelen: u32,
     pub(crate) host4: Net4,
@@ -57,13 +57,12 @@ fn ifinfo(index: u32, flags: libc::c_int, change: libc::c_int) -> [u8; 16] {
     b
 }
 
-/// Turns bare TUN devices into slots: tagged, silent, addressed and up.
-pub(crate) fn set_up(socket: &mut Socket, specs: &[Spec<'_>]) -> io::Result<()> {
-    let mut b = Buf::default();
-    for (i, s) in specs.iter().enumerate() {
-        b.message(RTM_NEWLINK, 0, &ifinfo(s.index, 0, 0), |b| {
+/// Marks bare TUN devices as ours and makes them silent; they are still down.
+pub(crate) fn tag(socket: &mut Socket, specs: &[Spec]) -> io::Result<()> {
+    each(socket, specs, |b, s, ack| {
+        b.message(RTM_NEWLINK, ack, &ifinfo(s.index, 0, 0), |b| {
             b.ne32(libc::IFLA_GROUP, s.group)
-                .text(libc::IFLA_IFALIAS, s.alias)
+                .text(libc::IFLA_IFALIAS, &s.alias)
                 .ne32(libc::IFLA_MTU, s.mtu.into())
                 .ne32(libc::IFLA_TXQLEN, s.txqueuelen)
                 .nest(libc::IFLA_AF_SPEC, |b| {
@@ -78,60 +77,91 @@ pub(crate) fn set_up(socket: &mut Socket, specs: &[Spec<'_>]) -> io::Result<()> 
                     });
                 });
         });
-        // Up is a message of its own: the kernel applies it before the address mode.
-        b.message(
-            RTM_NEWLINK,
-            0,
-            &ifinfo(s.index, libc::IFF_UP, libc::IFF_UP),
-            |_| {},
-        );
-        let v4 = s.host4.addr.octets();
-        add_address(&mut b, s.index, libc::AF_INET, s.host4.len, &v4, 0);
-        let ack = if i + 1 == specs.len() { ACK } else { 0 };
-        let v6 = s.host6.addr.octets();
-        add_address(&mut b, s.index, libc::AF_INET6, s.host6.len, &v6, ack);
-    }
-    if specs.is_empty() {
-        Ok(())
-    } else {
-        socket.run(&mut b)
-    }
+    })
 }
 
-fn add_address(
-    b: &mut Buf,
-    index: u32,
-    family: libc::c_int,
-    len: u8,
-    addr: &[u8],
-    ack: libc::c_int,
-) {
-    let mut fixed = [family as u8, len, libc::IFA_F_NODAD as u8, 0, 0, 0, 0, 0];
-    fixed[4..8].copy_from_slice(&index.to_ne_bytes());
-    let flags = libc::NLM_F_CREATE | libc::NLM_F_REPLACE | ack;
-    b.message(libc::RTM_NEWADDR, flags, &fixed, |b| {
-        b.attr(libc::IFA_LOCAL, addr).attr(libc::IFA_ADDRESS, addr);
-    });
+/// Brings tagged devices up, with their host addresses.
+pub(crate) fn bring_up(socket: &mut Socket, specs: &[Spec]) -> io::Result<()> {
+    each(socket, specs, |b, s, ack| {
+        let up = ifinfo(s.index, libc::IFF_UP, libc::IFF_UP);
+        b.message(RTM_NEWLINK, 0, &up, |_| {});
+        add_address(b, s.index, Net::V4(s.host4), 0);
+        add_address(b, s.index, Net::V6(s.host6), ack);
+    })
 }
 
 /// Gives the devices their IPv6 host addresses.
 pub(crate) fn add_hosts6(socket: &mut Socket, hosts: &[(u32, Net6)]) -> io::Result<()> {
+    each(socket, hosts, |b, (index, host), ack| {
+        add_address(b, *index, Net::V6(*host), ack);
+    })
+}
+
+/// One batch for all, of which the last message alone asks for an answer.
+fn each<T>(
+    socket: &mut Socket,
+    all: &[T],
+    put: impl Fn(&mut Buf, &T, libc::c_int),
+) -> io::Result<()> {
     let mut b = Buf::default();
-    for (i, (index, host)) in hosts.iter().enumerate() {
-        let ack = if i + 1 == hosts.len() { ACK } else { 0 };
-        add_address(
-            &mut b,
-            *index,
-            libc::AF_INET6,
-            host.len,
-            &host.addr.octets(),
-            ack,
-        );
+    for (i, one) in all.iter().enumerate() {
+        put(&mut b, one, if i + 1 == all.len() { ACK } else { 0 });
     }
-    if hosts.is_empty() {
+    if all.is_empty() {
         Ok(())
     } else {
         socket.run(&mut b)
+    }
+}
+
+/// Takes every route off the devices by its key. Each device that goes away has
+/// the kernel walk all IPv6 routes there are and all IPv4 routes of dead devices:
+/// with them gone first, deleting 10,000 devices takes a tenth of the time.
+pub(crate) fn unroute(socket: &mut Socket, hosts: &[(u32, Net4, Net6)]) {
+    const MULTICAST: Net6 = Net6 {
+        addr: Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0),
+        len: 8,
+    };
+    // What is missing already is no fault: deleting the devices decides.
+    let _ = each(socket, hosts, |b, &(index, host4, host6), ack| {
+        let local = Net6 { len: 128, ..host6 };
+        for (table, net) in [
+            (libc::RT_TABLE_MAIN, host6),
+            (libc::RT_TABLE_LOCAL, local),
+            (libc::RT_TABLE_LOCAL, MULTICAST),
+        ] {
+            let mut fixed = [0; 12];
+            fixed[..5].copy_from_slice(&[libc::AF_INET6 as u8, net.len, 0, 0, table]);
+            fixed[6] = libc::RT_SCOPE_NOWHERE;
+            b.message(libc::RTM_DELROUTE, 0, &fixed, |b| {
+                let first = u128::from(net.addr) >> (128 - net.len) << (128 - net.len);
+                b.attr(libc::RTA_DST, &first.to_be_bytes())
+                    .ne32(libc::RTA_OIF, index);
+            });
+        }
+        address(b, libc::RTM_DELADDR, ack, index, Net::V4(host4));
+    });
+}
+
+fn add_address(b: &mut Buf, index: u32, host: Net, ack: libc::c_int) {
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_REPLACE | ack;
+    address(b, libc::RTM_NEWADDR, flags, index, host);
+}
+
+fn address(b: &mut Buf, kind: u16, flags: libc::c_int, index: u32, host: Net) {
+    let (family, len, addr) = parts(host);
+    let mut fixed = [family, len, libc::IFA_F_NODAD as u8, 0, 0, 0, 0, 0];
+    fixed[4..8].copy_from_slice(&index.to_ne_bytes());
+    b.message(kind, flags, &fixed, |b| {
+        b.attr(libc::IFA_LOCAL, &addr)
+            .attr(libc::IFA_ADDRESS, &addr);
+    });
+}
+
+fn parts(net: Net) -> (u8, u8, Vec<u8>) {
+    match net {
+        Net::V4(n) => (libc::AF_INET as u8, n.len, n.addr.octets().into()),
+        Net::V6(n) => (libc::AF_INET6 as u8, n.len, n.addr.octets().into()),
     }
 }
 
@@ -377,10 +407,7 @@ fn dump_addresses(socket: &mut Socket, fixed: &[u8; 8]) -> io::Result<Vec<Found>
 
 /// Makes a whole range local without an address of each: streams are bound to them.
 pub(crate) fn any_ip(socket: &mut Socket, net: Net, add: bool) -> io::Result<()> {
-    let (family, len, addr) = match net {
-        Net::V4(n) => (libc::AF_INET, n.len, IpAddr::V4(n.addr)),
-        Net::V6(n) => (libc::AF_INET6, n.len, IpAddr::V6(n.addr)),
-    };
+    let (family, len, addr) = parts(net);
     let scope = if add {
         libc::RT_SCOPE_HOST
     } else {
@@ -388,7 +415,7 @@ pub(crate) fn any_ip(socket: &mut Socket, net: Net, add: bool) -> io::Result<()>
     };
     let mut fixed = [0; 12];
     fixed[..8].copy_from_slice(&[
-        family as u8,
+        family,
         len,
         0,
         0,
@@ -407,11 +434,7 @@ pub(crate) fn any_ip(socket: &mut Socket, net: Net, add: bool) -> io::Result<()>
     };
     let mut b = Buf::default();
     b.message(kind, flags, &fixed, |b| {
-        match addr {
-            IpAddr::V4(a) => b.attr(libc::RTA_DST, &a.octets()),
-            IpAddr::V6(a) => b.attr(libc::RTA_DST, &a.octets()),
-        };
-        b.ne32(libc::RTA_OIF, LOOPBACK);
+        b.attr(libc::RTA_DST, &addr).ne32(libc::RTA_OIF, LOOPBACK);
     });
     match socket.run(&mut b) {
         Err(e) if !add && e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
