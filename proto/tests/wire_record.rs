@@ -59,7 +59,8 @@ fn the_largest_super_packet_has_a_message_to_itself() {
 fn small_packets_share_a_message_up_to_the_limit_exactly() {
     let packet = [0x45; 56];
     let per_record = HEADER_LEN + packet.len();
-    let mut buffer = vec![0; MAX_SENT];
+    // Longer than any message, so that it is not the buffer that ends it.
+    let mut buffer = vec![0; 2 * MAX_SENT];
     let mut writer = Writer::new(&mut buffer);
     let mut count = 0;
     while writer.fits(packet.len()) {
