@@ -1,9 +1,13 @@
 //! The gateway's parts, as a library so that tests and benches can hold them.
 
+pub mod admit;
+pub mod config;
 pub mod cores;
+pub mod dialects;
 pub mod fd;
 pub mod helper;
 pub mod meter;
+pub mod pump;
 pub mod session;
 pub mod ticket;
 pub mod tun;

@@ -7,159 +7,23 @@
 
 mod session_support;
 
-use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use rvpn_gateway::cores::Cores;
-use rvpn_gateway::helper::{Helper, HelperConfig};
-use rvpn_gateway::meter::{Meter, Orphan, Totals};
-use rvpn_gateway::session::begin::Arrival;
+use rvpn_gateway::meter::Orphan;
 use rvpn_gateway::session::drive::Patience;
-use rvpn_gateway::session::{Guest, Settings, Shared};
-use rvpn_gateway::ticket::TicketKey;
-use rvpn_gateway::tun::VIRTIO_LEN;
 use rvpn_ipc::{Key, Status};
-use session_support::fake_helper::{FakeHelper, PATIENCE, SlotState};
-use session_support::plain::{LONG, Plain};
-use session_support::wire::{Client, connect};
-use tempfile::TempDir;
-use tokio::sync::watch;
-use tokio::time::timeout;
+use session_support::fake_helper::{PATIENCE, SlotState};
+use session_support::lab::Lab;
+use session_support::plain::LONG;
 use tokio_tungstenite::tungstenite::Message;
 
 const ALICE: Key = Key([1; 16]);
 const BOB: Key = Key([2; 16]);
 
-struct Lab {
-    fake: FakeHelper,
-    shared: Arc<Shared>,
-    revoke: watch::Sender<bool>,
-    dir: TempDir,
-}
-
 async fn lab(slots: usize) -> Lab {
-    let dir = tempfile::tempdir().unwrap();
-    let fake = FakeHelper::start(dir.path(), slots);
-    let helper = Helper::start(HelperConfig {
-        socket: fake.socket.clone(),
-        uid: nix::unistd::getuid().as_raw(),
-        successor: false,
-    });
-    timeout(PATIENCE, helper.ready()).await.unwrap().unwrap();
-    let meter = Arc::new(Meter::create(dir.path(), 64).unwrap());
-    let tickets = TicketKey::load_or_create(&dir.path().join("ticket.key")).unwrap();
-    let settings = Settings {
-        ticket_life: Duration::from_secs(3600),
-    };
-    let shared = Shared::new(
-        Cores::start(2, false).unwrap(),
-        helper,
-        meter,
-        tickets,
-        settings,
-    );
-    Lab {
-        fake,
-        shared,
-        revoke: watch::channel(false).0,
-        dir,
-    }
-}
-
-impl Lab {
-    fn guest(&self) -> Guest {
-        Guest {
-            account: "alice".into(),
-            token_id: "t1".into(),
-            expires: None,
-            revoked: self.revoke.subscribe(),
-            peer: "127.0.0.1:9".parse().unwrap(),
-            class: 0,
-        }
-    }
-
-    async fn arrive(&self, key: Key) -> Client {
-        self.arrive_as(key, self.guest(), LONG).await
-    }
-
-    async fn arrive_as(&self, key: Key, guest: Guest, patience: Patience) -> Client {
-        let (client, socket) = connect().await;
-        let arrival = Arrival {
-            socket,
-            protocol: Plain {
-                patience,
-                lingers: true,
-            },
-            guest,
-            key,
-            epoch: 0,
-            seat: self.shared.cores.least_loaded(),
-        };
-        arrival.settle(Arc::clone(&self.shared));
-        client
-    }
-
-    fn device(&self, slot: u32) -> Device {
-        let socket = self.fake.device(slot);
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        Device(socket)
-    }
-
-    async fn ended(&self, id: u128) -> Totals {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let rows = self.shared.meter.usage();
-            let row = rows.into_iter().find(|(_, u)| u.session == id).unwrap().1;
-            if row.ended_ms.is_some() {
-                return row.totals;
-            }
-            assert!(Instant::now() < deadline, "the session does not end");
-            tokio::task::yield_now().await;
-        }
-    }
-
-    /// Waits until some session has published these payload totals, which it
-    /// does at the end of a turn.
-    async fn counted(&self, outbound: u64, inbound: u64) {
-        let deadline = Instant::now() + PATIENCE;
-        let wanted = (outbound, inbound);
-        let payload = |t: &Totals| (t.outbound.payload, t.inbound.payload);
-        while !self
-            .shared
-            .list()
-            .iter()
-            .any(|v| payload(&v.totals) == wanted)
-        {
-            assert!(Instant::now() < deadline, "{:?}", self.shared.list());
-            tokio::task::yield_now().await;
-        }
-    }
-
-    fn only_session(&self) -> u128 {
-        let cards = self.shared.hub.cards();
-        assert_eq!(cards.len(), 1);
-        cards[0].id
-    }
-}
-
-/// The far end of a device.
-struct Device(Arc<UnixDatagram>);
-
-impl Device {
-    fn read(&self) -> Vec<u8> {
-        let mut buf = vec![0; 70_000];
-        let n = self.0.recv(&mut buf).unwrap();
-        assert_eq!(buf[..VIRTIO_LEN], [0; VIRTIO_LEN]);
-        buf[VIRTIO_LEN..n].to_vec()
-    }
-
-    fn write(&self, packet: &[u8]) {
-        let mut whole = vec![0; VIRTIO_LEN];
-        whole.extend_from_slice(packet);
-        self.0.send(&whole).unwrap();
-    }
+    Lab::new(slots).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -294,7 +158,7 @@ async fn a_kicked_session_is_listed_no_more_and_others_stay() {
 async fn a_session_ends_with_its_token() {
     let lab = lab(1).await;
     let mut guest = lab.guest();
-    guest.expires = Some(tokio::time::Instant::now() + Duration::from_millis(50));
+    guest.expires_at = Some(std::time::SystemTime::now() + Duration::from_millis(50));
     let mut client = lab.arrive_as(ALICE, guest, LONG).await;
     assert_eq!(client.close_frame().await.1, "the token has expired");
 }

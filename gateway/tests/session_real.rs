@@ -10,11 +10,12 @@ mod session_support;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use rvpn_gateway::admit::{Admission, Kind, TokenId};
 use rvpn_gateway::cores::Cores;
 use rvpn_gateway::helper::{Helper, HelperConfig};
 use rvpn_gateway::meter::Meter;
 use rvpn_gateway::session::begin::Arrival;
-use rvpn_gateway::session::{Guest, Settings, Shared};
+use rvpn_gateway::session::{Settings, Shared};
 use rvpn_gateway::ticket::TicketKey;
 use rvpn_ipc::Key;
 use rvpn_lab::helper::{as_user, give};
@@ -75,6 +76,7 @@ fn as_gateway<F: Future<Output = ()>>(
                 timeout(PATIENCE, client.ready()).await.unwrap().unwrap();
                 let settings = Settings {
                     ticket_life: Duration::from_secs(3600),
+                    dns: Vec::new(),
                 };
                 let shared = Shared::new(
                     Cores::start(2, false).unwrap(),
@@ -106,13 +108,17 @@ impl Gateway {
     /// A client with the welcome read.
     async fn client(&self, key: u8) -> (Client, String) {
         let (mut client, socket) = connect().await;
-        let guest = Guest {
+        let guest = Admission {
             account: "alice".into(),
-            token_id: "t1".into(),
-            expires: None,
-            revoked: self.revoke.subscribe(),
-            peer: "127.0.0.1:9".parse().unwrap(),
+            subject: "alice".into(),
+            token_id: TokenId([1; 16]),
+            expires_at: None,
+            kind: Kind::Native,
+            anonymous: false,
             class: 0,
+            peer: "127.0.0.1:9".parse().unwrap(),
+            listener: 0,
+            revoked: self.revoke.subscribe(),
         };
         let protocol = Plain {
             patience: LONG,
@@ -121,7 +127,7 @@ impl Gateway {
         let arrival = Arrival {
             socket,
             protocol,
-            guest,
+            admission: guest,
             key: Key([key; 16]),
             epoch: 0,
             seat: self.shared.cores.least_loaded(),

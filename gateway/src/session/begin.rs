@@ -9,15 +9,16 @@ use std::time::{Duration, SystemTime};
 
 use rvpn_ipc::{Key, Reply};
 use tokio::sync::mpsc;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_tungstenite::tungstenite::Message;
 use tracing::{Instrument, debug, info, info_span, warn};
 
+use super::Shared;
 use super::drive::{Carriage, Drive, End, Patience};
-use super::hub::{Card, Claim, Entry, Handed, orders};
+use super::hub::{Card, Claim, Entry, Handed, SessionId, orders};
 use super::lease::{Refusal, obtain};
-use super::transport::{ClientIo, Socket, Transport as _};
-use super::{Guest, Shared};
+use super::transport::{Socket, Transport as _};
+use crate::admit::Admission;
 use crate::cores::Seat;
 use crate::helper::{Lease, LeaseEvent};
 use crate::meter::Totals;
@@ -44,17 +45,41 @@ pub trait Protocol: Send + Sync + 'static {
     fn patience(&self) -> Patience;
 
     /// The first messages to the client, once it has its lease, and the carriage for the rest.
-    fn welcome(&mut self, place: &Place) -> io::Result<(Vec<Message>, Self::Carriage)>;
+    fn welcome(&mut self, place: &Place) -> io::Result<(Vec<Greeting>, Self::Carriage)>;
 
     /// What to tell a client that is refused or sent away, before the close frame.
     fn farewell(&self, code: u16, reason: &str, retry_after: Option<Duration>) -> Option<Message>;
+
+    /// The words of a close frame, for clients that know only their own.
+    fn close_reason(&self, _code: u16, reason: &'static str) -> &'static str {
+        reason
+    }
 
     /// Whether the client may come back to its lease without a word.
     fn lingers(&self) -> bool;
 }
 
+/// A message of the beginning.
+pub struct Greeting {
+    /// How long to wait before it. Nothing overtakes it.
+    pub after: Duration,
+    /// The message.
+    pub message: Message,
+}
+
+impl From<Message> for Greeting {
+    fn from(message: Message) -> Greeting {
+        Greeting {
+            after: Duration::ZERO,
+            message,
+        }
+    }
+}
+
 /// Where a session has come to stand.
 pub struct Place {
+    /// Its number.
+    pub session: SessionId,
     /// The lease, as the helper described it.
     pub reply: Reply,
     /// The slot kept its key, so flows of before may go on.
@@ -87,17 +112,17 @@ impl Place {
 }
 
 /// A connection that knows its lease key, on its way to the lease.
-pub struct Arrival<S, P> {
-    pub socket: Socket<S>,
+pub struct Arrival<P> {
+    pub socket: Socket,
     pub protocol: P,
-    pub guest: Guest,
+    pub admission: Admission,
     pub key: Key,
     /// Number of the ticket it came with.
     pub epoch: u64,
     pub seat: Seat,
 }
 
-impl<S: ClientIo, P: Protocol> Arrival<S, P> {
+impl<P: Protocol> Arrival<P> {
     /// Runs the session on the core where the client already is, or here.
     pub fn settle(mut self, shared: Arc<Shared>) {
         if let Some(core) = shared.hub.core_of(self.key)
@@ -106,7 +131,8 @@ impl<S: ClientIo, P: Protocol> Arrival<S, P> {
             self.seat = shared.cores.seat(core);
         }
         let core = self.seat.core();
-        let span = info_span!("session", account = %self.guest.account, peer = %self.guest.peer);
+        let span =
+            info_span!("session", account = %self.admission.account, peer = %self.admission.peer);
         let on = Arc::clone(&shared);
         let task = async move {
             if let Err(error) = self.socket.stream_mut().rehome() {
@@ -134,16 +160,19 @@ impl<S: ClientIo, P: Protocol> Arrival<S, P> {
             };
             return self.refuse(&refusal).await;
         };
-        let class = self.guest.class;
+        let class = self.admission.class;
         let (lease, tun) = match obtain(&shared.helper, self.key, class, former).await {
             Ok(got) => got,
             Err(refusal) => return self.refuse(&refusal).await,
         };
         let started = SystemTime::now();
         let opened = random::<16>().map(u128::from_le_bytes).and_then(|id| {
-            let row = shared
-                .meter
-                .open(id, &self.guest.account, self.protocol.service(), now_ms());
+            let row = shared.meter.open(
+                id,
+                &self.admission.account,
+                self.protocol.service(),
+                now_ms(),
+            );
             Ok((id, row.map_err(io::Error::other)?, Tun::adopt(tun)?))
         });
         let (id, row, tun) = match opened {
@@ -160,6 +189,7 @@ impl<S: ClientIo, P: Protocol> Arrival<S, P> {
         };
         let (answers, answer_rx) = mpsc::channel(ANSWERS);
         let place = Place {
+            session: id,
             reply: lease.reply,
             resumed: lease.resumed(),
             ticket: self.ticket(shared, &claim, &lease),
@@ -168,10 +198,11 @@ impl<S: ClientIo, P: Protocol> Arrival<S, P> {
         let (v4, v6) = place.lease_pair();
         let card = Card {
             id,
-            account: Arc::clone(&self.guest.account),
-            token_id: Arc::clone(&self.guest.token_id),
+            account: Arc::clone(&self.admission.account),
+            subject: Arc::clone(&self.admission.subject),
+            token_id: self.admission.token_id,
             service: self.protocol.service(),
-            peer: self.guest.peer,
+            peer: self.admission.peer,
             started,
             addresses: [IpAddr::V4(v4), IpAddr::V6(v6)],
             slot: lease.reply.slot,
@@ -184,7 +215,7 @@ impl<S: ClientIo, P: Protocol> Arrival<S, P> {
             "client came"
         );
 
-        let outside = outside(&self.guest, &lease, &tun);
+        let outside = outside(&self.admission, &lease, &tun);
         let patience = self.protocol.patience();
         let welcomed = match self.protocol.welcome(&place) {
             Ok((messages, carriage)) => timeout(WELCOME, self.greet(messages))
@@ -240,8 +271,11 @@ impl<S: ClientIo, P: Protocol> Arrival<S, P> {
         }
     }
 
-    async fn greet(&mut self, messages: Vec<Message>) -> Result<(), End> {
-        for message in messages {
+    async fn greet(&mut self, greetings: Vec<Greeting>) -> Result<(), End> {
+        for Greeting { after, message } in greetings {
+            if !after.is_zero() {
+                sleep(after).await;
+            }
             self.socket.send(message).await?;
         }
         Ok(())
@@ -258,7 +292,7 @@ impl<S: ClientIo, P: Protocol> Arrival<S, P> {
             epoch: claim.next_epoch(self.epoch),
             expires: now_ms() / 1000 + life,
         };
-        let sealed = shared.tickets.seal(&self.guest.account, &claims);
+        let sealed = shared.tickets.seal(&self.admission.account, &claims);
         sealed
             .inspect_err(|error| warn!(%error, "no resume ticket for a client"))
             .ok()
@@ -287,7 +321,7 @@ struct Held<P> {
 }
 
 impl<P: Protocol> Held<P> {
-    async fn end<S: ClientIo>(self, end: End, tun: Tun, mut socket: Socket<S>) {
+    async fn end(self, end: End, tun: Tun, mut socket: Socket) {
         let Held {
             claim,
             mut lease,
@@ -355,11 +389,11 @@ impl<P: Protocol> Held<P> {
     }
 }
 
-async fn part<S: ClientIo, P: Protocol>(
-    socket: &mut Socket<S>,
+async fn part<P: Protocol>(
+    socket: &mut Socket,
     protocol: &P,
     code: u16,
-    reason: &str,
+    reason: &'static str,
     retry_after: Option<Duration>,
 ) {
     if let Some(message) = protocol.farewell(code, reason, retry_after)
@@ -367,15 +401,21 @@ async fn part<S: ClientIo, P: Protocol>(
     {
         return;
     }
-    socket.close(code, reason).await;
+    socket
+        .close(code, protocol.close_reason(code, reason))
+        .await;
 }
 
 /// Resolves when something outside ends the session.
-fn outside(guest: &Guest, lease: &Lease, tun: &Tun) -> Pin<Box<dyn Future<Output = End> + Send>> {
-    let mut revoked = guest.revoked.clone();
+fn outside(
+    admission: &Admission,
+    lease: &Lease,
+    tun: &Tun,
+) -> Pin<Box<dyn Future<Output = End> + Send>> {
+    let mut revoked = admission.revoked.clone();
     let mut events = lease.events();
     let gone = tun.gone();
-    let expiry = guest.expires;
+    let expiry = admission.expires_at.map(monotonic);
     let told = |reason| End::Told {
         code: 1008,
         reason,
@@ -405,4 +445,12 @@ fn outside(guest: &Guest, lease: &Lease, tun: &Tun) -> Pin<Box<dyn Future<Output
             }
         }
     })
+}
+
+/// When a moment of the wall clock comes, as things stand now. From here on
+/// the session is not moved by whoever sets the clock.
+fn monotonic(at: SystemTime) -> Instant {
+    let left = at.duration_since(SystemTime::now()).unwrap_or_default();
+    // Far beyond any session, and within what a timer takes.
+    Instant::now() + left.min(Duration::from_secs(10 * 365 * 24 * 3600))
 }

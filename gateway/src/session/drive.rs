@@ -28,8 +28,10 @@ use crate::tun::{MAX_READ, Tun};
 const TURN_BYTES: usize = 256 * 1024;
 const TURN_PACKETS: usize = 256;
 const TURN_MESSAGES: usize = 256;
-/// Messages sent in one turn while the socket takes them.
+/// Flushes in one turn while the socket takes them.
 const TURN_SENDS: usize = 8;
+/// What is given to the socket at once.
+const FLUSH_BYTES: usize = 64 * 1024;
 /// Control messages a client may send at once, and then per second.
 const CONTROL_BURST: u32 = 200;
 const CONTROL_PER_SECOND: u32 = 20;
@@ -67,19 +69,18 @@ pub trait Carriage {
     /// Takes what one read of the device gave, with its virtio header, into the queue.
     fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant);
 
-    /// The next data message, if anything is due. Counts what it takes.
-    fn message(
-        &mut self,
-        buffer: &mut BytesMut,
-        totals: &mut Totals,
-        now: Instant,
-    ) -> Option<Message>;
+    /// Makes `buffer` the next data message, if anything is due. What it held
+    /// before is of no interest. Counts what it takes.
+    fn message(&mut self, buffer: &mut BytesMut, totals: &mut Totals, now: Instant) -> bool;
+
+    /// Brings what was dropped unseen into the totals, once a turn.
+    fn tally(&mut self, _totals: &mut Totals) {}
 
     /// When [`Carriage::message`] has something although nothing new arrived.
     fn due(&self) -> Option<Instant>;
 
     /// Takes a text message. An answer is sent before waiting data.
-    fn text(&mut self, text: &str, totals: &Totals) -> Result<Option<Message>, End>;
+    fn text(&mut self, text: &str, totals: &mut Totals) -> Result<Option<Message>, End>;
 }
 
 /// How long a silent or unreachable peer is believed in.
@@ -210,6 +211,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         poll_fn(|cx| {
             let counted = self.totals;
             let end = SCRATCH.with_borrow_mut(|scratch| self.turn(cx, scratch));
+            self.carriage.tally(&mut self.totals);
             self.publish();
             load.add(
                 self.totals.outbound.payload - counted.outbound.payload
@@ -286,7 +288,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
                 }
                 Incoming::Text(text) => {
                     self.control.take(now)?;
-                    if let Some(answer) = self.carriage.text(&text, &self.totals)? {
+                    if let Some(answer) = self.carriage.text(&text, &mut self.totals)? {
                         self.transport.feed(answer)?;
                         self.flushing = true;
                     }
@@ -331,9 +333,8 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         Ok(true)
     }
 
-    /// Queue to client, one message at a time: the next is built only when the
-    /// socket has taken the last, so that what waits can still be reordered
-    /// and dropped.
+    /// Queue to client, one flush at a time: more is built only when the socket
+    /// has taken the last, so that what waits can still be reordered and dropped.
     fn send(
         &mut self,
         cx: &mut Context<'_>,
@@ -350,17 +351,26 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
                 self.flushing = false;
                 self.stuck = None;
             }
-            if let Poll::Ready(Some(answer)) = self.answers.poll_recv(cx) {
+            while let Poll::Ready(Some(answer)) = self.answers.poll_recv(cx) {
                 self.transport.feed(answer)?;
-            } else if let Some(message) =
-                self.carriage
+                self.flushing = true;
+            }
+            let mut fed = 0;
+            while fed < FLUSH_BYTES
+                && self
+                    .carriage
                     .message(&mut scratch.message, &mut self.totals, now)
             {
-                self.transport.feed(message)?;
-            } else {
+                fed += scratch.message.len();
+                let message = scratch.message.split().freeze();
+                self.transport.feed(Message::Binary(message.clone()))?;
+                // The transport has copied it, so the buffer is ours alone again.
+                scratch.message = message.try_into_mut().unwrap_or_default();
+                self.flushing = true;
+            }
+            if !self.flushing {
                 return Ok(false);
             }
-            self.flushing = true;
         }
         Ok(true)
     }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rvpn_ipc::Key;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::admit::TokenId;
 use crate::cores::CoreId;
 use crate::helper::Lease;
 
@@ -56,7 +57,9 @@ pub struct Card {
     /// Who pays.
     pub account: Arc<str>,
     /// The token it logged in with.
-    pub token_id: Arc<str>,
+    pub token_id: TokenId,
+    /// Who within the account.
+    pub subject: Arc<str>,
     /// What it speaks: `packets`, or the name of an older dialect.
     pub service: &'static str,
     /// Where it comes from.

@@ -4,18 +4,18 @@
 //! of this one without the session noticing.
 
 use std::future::poll_fn;
-use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
+
+use crate::admit::Io;
 
 /// Largest message: a super-packet, its record and room to spare.
 pub const LIMIT: usize = 192 * 1024;
@@ -80,43 +80,38 @@ pub trait Transport {
     fn wire(&self) -> (u64, u64);
 }
 
-/// What a session needs of a client's stream.
-pub trait ClientIo: AsyncRead + AsyncWrite + Unpin + Send + 'static {
-    /// Bytes read from and written to the socket so far.
-    fn wire(&self) -> (u64, u64);
-
-    /// Registers the socket with the runtime of the caller, which will use it from now on.
-    fn rehome(&mut self) -> io::Result<()>;
-}
-
 /// A WebSocket of which we are the server.
 #[derive(Debug)]
-pub struct Socket<S> {
-    inner: WebSocketStream<S>,
+pub struct Socket {
+    inner: WebSocketStream<Io>,
 }
 
-impl<S: ClientIo> Socket<S> {
+impl Socket {
     /// Takes over after the upgrade; `read_ahead` is what already arrived behind it.
-    pub async fn accept(stream: S, read_ahead: Vec<u8>) -> Socket<S> {
+    pub async fn accept(stream: Io, read_ahead: Bytes) -> Socket {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER)
             .write_buffer_size(WRITE_BUFFER)
             .max_write_buffer_size(WRITE_LIMIT)
             .max_message_size(Some(LIMIT))
             .max_frame_size(Some(LIMIT));
-        let inner =
-            WebSocketStream::from_partially_read(stream, read_ahead, Role::Server, Some(config))
-                .await;
+        let inner = WebSocketStream::from_partially_read(
+            stream,
+            read_ahead.into(),
+            Role::Server,
+            Some(config),
+        )
+        .await;
         Socket { inner }
     }
 
     /// The stream below, for its counters and socket options.
-    pub fn stream(&self) -> &S {
+    pub fn stream(&self) -> &Io {
         self.inner.get_ref()
     }
 
     /// The stream below, to move it to another runtime.
-    pub fn stream_mut(&mut self) -> &mut S {
+    pub fn stream_mut(&mut self) -> &mut Io {
         self.inner.get_mut()
     }
 
@@ -151,7 +146,7 @@ pub fn close_message(code: u16, reason: &str) -> Message {
     }))
 }
 
-impl<S: ClientIo> Transport for Socket<S> {
+impl Transport for Socket {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Incoming, Broken>> {
         let message = ready!(Pin::new(&mut self.inner).poll_next(cx));
         Poll::Ready(match message {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use rvpn_gateway::meter::{DropReason, Totals};
-use rvpn_gateway::session::begin::{Place, Protocol};
+use rvpn_gateway::session::begin::{Greeting, Place, Protocol};
 use rvpn_gateway::session::drive::{Carriage, End, Patience};
 use rvpn_gateway::tun::{Tun, VIRTIO_LEN};
 use tokio::time::Instant;
@@ -54,22 +54,21 @@ impl Carriage for PlainCarriage {
         self.queue.push_back(read[VIRTIO_LEN..].to_vec());
     }
 
-    fn message(
-        &mut self,
-        _buffer: &mut BytesMut,
-        totals: &mut Totals,
-        _now: Instant,
-    ) -> Option<Message> {
-        let packet = self.queue.pop_front()?;
+    fn message(&mut self, buffer: &mut BytesMut, totals: &mut Totals, _now: Instant) -> bool {
+        let Some(packet) = self.queue.pop_front() else {
+            return false;
+        };
         totals.inbound.pass(1, packet.len() as u64);
-        Some(Message::binary(packet))
+        buffer.clear();
+        buffer.extend_from_slice(&packet);
+        true
     }
 
     fn due(&self) -> Option<Instant> {
         None
     }
 
-    fn text(&mut self, text: &str, _totals: &Totals) -> Result<Option<Message>, End> {
+    fn text(&mut self, text: &str, _totals: &mut Totals) -> Result<Option<Message>, End> {
         match text {
             "goodbye" => Err(End::Goodbye),
             other => Ok(Some(Message::text(other.to_uppercase()))),
@@ -88,11 +87,11 @@ impl Protocol for Plain {
         self.patience
     }
 
-    fn welcome(&mut self, place: &Place) -> io::Result<(Vec<Message>, PlainCarriage)> {
+    fn welcome(&mut self, place: &Place) -> io::Result<(Vec<Greeting>, PlainCarriage)> {
         let (v4, v6) = place.inner_pair();
         let hello = format!("{v4} {v6} {}", place.ticket.clone().unwrap_or_default());
         let queue = VecDeque::new();
-        Ok((vec![Message::text(hello)], PlainCarriage { queue }))
+        Ok((vec![Message::text(hello).into()], PlainCarriage { queue }))
     }
 
     fn farewell(&self, code: u16, _: &str, retry_after: Option<Duration>) -> Option<Message> {
