@@ -565,8 +565,6 @@ pub(crate) fn own_nets(c: &Config) -> [Net; 4] {
 /// What no client may do, whatever its class.
 fn refuse_everyone(b: &mut Batch<'_>, config: &Config) {
     let c = "everyone";
-    // The lease's prefix holds the host's own address too.
-    b.rule(c, |r| r.saddr_is_local().drop("spoofed"));
     b.rule(c, |r| {
         r.family(libc::AF_INET)
             .meta(Meta::L4Proto, R0)
@@ -658,6 +656,8 @@ fn from_client(b: &mut Batch<'_>, config: &Config) {
         r.meta_is(Meta::IifGroup, Cmp::Eq, config.link_group)
             .verdict(Verdict::Goto("from_client"));
     });
+    // The lease's prefix holds the host's own address too. A stream's source is the host's by intent.
+    b.rule("from_client", |r| r.saddr_is_local().drop("spoofed"));
     for v6 in [false, true] {
         b.rule("from_client", |r| {
             r.slot_key(Meta::Iif, v6, true)
