@@ -8,7 +8,7 @@ use bytes::Bytes;
 use rvpn_gateway::admit::{Admission, Kind, Sessions as _, TokenId};
 use rvpn_gateway::cores::Cores;
 use rvpn_gateway::helper::{Helper, HelperConfig};
-use rvpn_gateway::meter::{Meter, Totals};
+use rvpn_gateway::meter::{DropReason, Meter, Totals};
 use rvpn_gateway::session::begin::Arrival;
 use rvpn_gateway::session::drive::Patience;
 use rvpn_gateway::session::{Sessions, Settings, Shared};
@@ -139,6 +139,32 @@ impl Lab {
             .any(|v| payload(&v.totals) == wanted)
         {
             assert!(Instant::now() < deadline, "{:?}", self.shared.list());
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Waits until the session on this slot has dropped so many for this
+    /// reason on the way out.
+    pub(crate) async fn dropped(&self, slot: u32, reason: DropReason, count: u64) {
+        self.until(slot, |t| t.outbound.drops[reason as usize] == count)
+            .await;
+    }
+
+    /// The same on the way in.
+    pub(crate) async fn inbound_dropped(&self, slot: u32, reason: DropReason, count: u64) {
+        self.until(slot, |t| t.inbound.drops[reason as usize] == count)
+            .await;
+    }
+
+    async fn until(&self, slot: u32, done: impl Fn(&Totals) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let list = self.shared.list();
+            let view = list.iter().find(|v| v.card.slot == slot).unwrap();
+            if done(&view.totals) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{:?}", view.totals);
             tokio::task::yield_now().await;
         }
     }
