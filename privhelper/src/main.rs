@@ -21,6 +21,7 @@ mod undo;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -240,16 +241,15 @@ fn serve(config: Config, passed: u32) -> Result<(), Failure> {
             config.helper_uid
         )));
     }
-    let lock = lock(&config)?;
+    // Let go of by the kernel, with the process: unlocking is no call the filter allows.
+    let _lock = ManuallyDrop::new(lock(&config)?);
     let notify = notify::Notify::from_env();
     let listener = listen(&config, passed)?;
     confine::drop_privileges(&config)?;
     // The gateway checks who serves it: that is us as we are from now on, not root.
     seqpacket::listen_again(listener.as_fd(), BACKLOG)?;
     insist(&mut Kernel::open()?, &config)?;
-    let result = serve::run(config, listener, notify);
-    drop(lock);
-    Ok(result?)
+    Ok(serve::run(config, listener, notify)?)
 }
 
 /// The socket passed in, or one of our own in a directory others cannot write.

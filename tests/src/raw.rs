@@ -41,3 +41,56 @@ pub fn syscall(number: i64, args: [u64; 5]) -> io::Result<i64> {
     // SAFETY: callers pass null or invalid pointers only, which the kernel refuses.
     check(unsafe { libc::syscall(number, args[0], args[1], args[2], args[3], args[4]) })
 }
+
+/// A netlink message to the port of another process.
+pub fn netlink_to(protocol: i32, port: u32, kind: u16, body: &[u8]) -> io::Result<()> {
+    let mut m = Vec::new();
+    m.extend(u32::try_from(16 + body.len()).unwrap_or(16).to_ne_bytes());
+    m.extend(kind.to_ne_bytes());
+    m.extend([0; 10]);
+    m.extend(body);
+    // SAFETY: plain numbers.
+    let fd = check(unsafe {
+        libc::syscall(libc::SYS_socket, libc::AF_NETLINK, libc::SOCK_RAW, protocol)
+    })?;
+    // SAFETY: sockaddr_nl is plain data for which all zero is a valid value.
+    let mut to: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    to.nl_family = libc::AF_NETLINK as u16;
+    to.nl_pid = port;
+    let len = size_of::<libc::sockaddr_nl>();
+    // SAFETY: message and address are live and of the lengths passed.
+    let sent = check(unsafe {
+        libc::syscall(
+            libc::SYS_sendto,
+            fd,
+            m.as_ptr(),
+            m.len(),
+            0,
+            &raw const to,
+            len,
+        )
+    });
+    // SAFETY: the descriptor was made above and is not used again.
+    check(unsafe { libc::syscall(libc::SYS_close, fd) })?;
+    sent.map(drop)
+}
+
+/// A message with many copies of one descriptor.
+pub fn send_copies(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: BorrowedFd<'_>,
+    n: usize,
+) -> io::Result<()> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    let fds = vec![fd.as_raw_fd(); n];
+    let iov = [io::IoSlice::new(bytes)];
+    sendmsg::<()>(
+        socket.as_raw_fd(),
+        &iov,
+        &[ControlMessage::ScmRights(&fds)],
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
+    Ok(())
+}
