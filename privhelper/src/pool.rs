@@ -1,7 +1,9 @@
 //! The lease state machine. Pure: time is handed in, effects are handed out.
 //!
+//! ```text
 //!     free ──acquire──► leased ──linger──► lingering ──same key──► leased
 //!                          └──release / linger over──► cleaning ──► free
+//! ```
 //!
 //! Every slot is in exactly one state, and the four counts add up to the pool.
 

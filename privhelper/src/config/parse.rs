@@ -536,7 +536,7 @@ mod tests {
         assert_eq!(format!("{told:?}"), format!("{silent:?}"));
         for key in KEYS {
             assert!(
-                example.contains(&format!("#= {key} = ")),
+                example.contains(&format!("#= {key} =")),
                 "{key} is not documented"
             );
         }
