@@ -9,5 +9,6 @@ pub mod helper;
 pub mod meter;
 pub mod pump;
 pub mod session;
+pub mod store;
 pub mod ticket;
 pub mod tun;
