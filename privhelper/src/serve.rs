@@ -122,6 +122,7 @@ pub(crate) fn run(config: Config, listener: OwnedFd, notify: Notify) -> io::Resu
         doubts: events::Doubts::default(),
     };
     server.clean_doubtful()?;
+    server.start_watching();
     let c = server.pool.counts();
     say(
         5,

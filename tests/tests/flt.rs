@@ -65,7 +65,11 @@ fn flt_02_helper_killed_new_leases_within_a_second() {
             }
             while answered.load(Ordering::Relaxed) < PINGS.into() {
                 let p = a.recv(Duration::from_secs(2)).unwrap_or_else(|| {
-                    panic!("{} pings answered {}", answered.load(Ordering::Relaxed), lab.gw.sh("nft", &["list", "counters"]))
+                    panic!(
+                        "{} pings answered {}",
+                        answered.load(Ordering::Relaxed),
+                        lab.gw.sh("nft", &["list", "counters"])
+                    )
                 });
                 answered.fetch_add(usize::from(p[9] == 1 && p[20] == 0), Ordering::Relaxed);
             }

@@ -8,21 +8,21 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// An IPv4 prefix with no bit set beyond its length.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Net4 {
     pub(crate) addr: Ipv4Addr,
     pub(crate) len: u8,
 }
 
 /// An IPv6 prefix with no bit set beyond its length.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Net6 {
     pub(crate) addr: Ipv6Addr,
     pub(crate) len: u8,
 }
 
 /// A prefix of either family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Net {
     V4(Net4),
     V6(Net6),

@@ -1,6 +1,7 @@
 //! What others do to our devices, rules and uplinks: noticed by notification,
 //! confirmed by asking the kernel, then repaired.
 
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use rvpn_ipc::{Reply, Slot, Status};
 
 use super::{RETRY, Server, element};
 use crate::apply;
-use crate::config::Uplink;
+use crate::config::{Net, Uplink};
 use crate::kernel::netlink::{attr_of, messages, text_of, u32_at};
 use crate::kernel::nft;
 use crate::kernel::{host, link, ruleset};
@@ -20,6 +21,8 @@ use crate::say;
 pub(super) const LINK_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
 /// nf_tables, the seventh group.
 pub(super) const TABLE_GROUPS: u32 = 1 << 6;
+/// From so many doubtful slots on, all are looked at in one go.
+const MANY: usize = 16;
 /// Routes flap in bursts; one look at them afterwards is enough.
 const SETTLE: Duration = Duration::from_millis(200);
 
@@ -134,11 +137,13 @@ impl Server {
                 self.restore_rules();
             }
         }
-        if std::mem::take(&mut self.doubts.everything) {
-            self.doubts.slots = self.pool.devices().map(|d| d.0).collect();
-        }
-        for slot in std::mem::take(&mut self.doubts.slots) {
-            self.look_at(slot)?;
+        let doubted = std::mem::take(&mut self.doubts.slots);
+        if std::mem::take(&mut self.doubts.everything) || doubted.len() > MANY {
+            self.look_at_all()?;
+        } else {
+            for slot in doubted {
+                self.look_at(slot)?;
+            }
         }
         if self.doubts.uplinks.is_some_and(|t| t <= now) {
             self.doubts.uplinks = None;
@@ -155,6 +160,47 @@ impl Server {
                 .is_ok_and(|l| apply::is_sound(&self.config, &l))
             && apply::addressed(&mut self.kernel, &self.config, slot, index).unwrap_or(false);
         if well { Ok(()) } else { self.lose(slot) }
+    }
+
+    /// The same for all of them, by two dumps instead of two questions each.
+    fn look_at_all(&mut self) -> io::Result<()> {
+        let found = apply::survey(&mut self.kernel, &self.config)?.ours;
+        let links: HashMap<u32, bool> = found.iter().map(|d| (d.index, d.sound)).collect();
+        let addresses: HashSet<(u32, Net)> = link::addresses(&mut self.kernel.route)?
+            .into_iter()
+            .map(|f| (f.index, f.net))
+            .collect();
+        let ill: Vec<Slot> = self
+            .pool
+            .devices()
+            .filter(|&(slot, index)| {
+                let (v4, v6) = plan::hosts(&self.config, slot);
+                let hosts = [Net::V4(v4), Net::V6(v6)];
+                links.get(&index) != Some(&true)
+                    || hosts.iter().any(|h| !addresses.contains(&(index, *h)))
+            })
+            .map(|d| d.0)
+            .collect();
+        for slot in ill {
+            self.lose(slot)?;
+        }
+        Ok(())
+    }
+
+    /// What was noticed while the pool was made is our own doing; whatever else happened then shows.
+    pub(super) fn start_watching(&mut self) {
+        while !matches!(
+            self.links.receive(MsgFlags::MSG_DONTWAIT),
+            Err(nix::Error::EAGAIN)
+        ) {}
+        while !matches!(
+            self.tables.receive(MsgFlags::MSG_DONTWAIT),
+            Err(nix::Error::EAGAIN)
+        ) {}
+        self.doubts.everything = true;
+        self.doubts.rules = true;
+        self.doubts.uplinks = Some(Instant::now());
+        self.settle_doubts();
     }
 
     /// Nothing is forwarded until the table is back.
