@@ -178,6 +178,10 @@ impl Carriage for Plainly {
         self.pump.count_drops(totals);
     }
 
+    fn relax(&mut self) {
+        self.pump.relax();
+    }
+
     fn due(&self) -> Option<Instant> {
         self.noise_at
     }

@@ -76,6 +76,9 @@ pub trait Carriage {
     /// Brings what was dropped unseen into the totals, once a turn.
     fn tally(&mut self, _totals: &mut Totals) {}
 
+    /// Gives back memory that only traffic needs. Called now and then.
+    fn relax(&mut self) {}
+
     /// When [`Carriage::message`] has something although nothing new arrived.
     fn due(&self) -> Option<Instant>;
 
@@ -406,6 +409,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
             if self.flushing || self.carriage.due().is_some_and(|due| due <= now) {
                 cx.waker().wake_by_ref();
             }
+            self.carriage.relax();
             let next = self.next_alarm(now);
             self.set_alarm(next);
         }

@@ -103,6 +103,10 @@ impl Carriage for Packets {
         self.pump.count_drops(totals);
     }
 
+    fn relax(&mut self) {
+        self.pump.relax();
+    }
+
     fn due(&self) -> Option<Instant> {
         None
     }
