@@ -141,12 +141,13 @@ async fn upload(client: &mut Client, sink: &Arc<UdpSocket>, limit: Duration) -> 
         move || {
             sink.set_read_timeout(Some(Duration::from_millis(50)))
                 .unwrap();
-            let mut buf = [0; 2048];
+            let mut buf = vec![0; 1 << 16];
+            segmented::receive_whole(&sink).unwrap();
             while !stop.load(Relaxed) {
                 if let Ok((n, from)) = sink.recv_from(&mut buf) {
                     counted.fetch_add(n as u64, Relaxed);
                     // Only the first is waited for.
-                    drop(seen.send(from));
+                    let _ = seen.send(from);
                 }
             }
         }
@@ -304,6 +305,25 @@ mod segmented {
     use std::mem::{size_of, zeroed};
     use std::net::{SocketAddr, UdpSocket};
     use std::os::fd::AsRawFd;
+
+    /// Lets super-packets arrive as they are, or the receiver is the limit.
+    pub(crate) fn receive_whole(socket: &UdpSocket) -> io::Result<()> {
+        let on: libc::c_int = 1;
+        // SAFETY: on is a live int and its size is passed along.
+        let set = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_UDP,
+                libc::UDP_GRO,
+                (&raw const on).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
+        };
+        if set < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
 
     /// Sends many datagrams as one.
     pub(crate) fn send(
