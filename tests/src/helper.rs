@@ -27,9 +27,11 @@ pub const GATEWAY_UID: u32 = 65_020;
 pub fn bin(name: &str) -> PathBuf {
     let dir = std::env::var_os("RVPN_BIN_DIR").map_or_else(
         || {
-            // Test executables live in target/PROFILE/deps.
+            // Programs live in target/PROFILE, test executables in deps below it.
             let exe = std::env::current_exe().expect("own path");
-            exe.ancestors().nth(2).expect("target directory").to_owned()
+            let dir = exe.parent().expect("target directory");
+            let above = dir.ends_with("deps").then(|| dir.parent()).flatten();
+            above.unwrap_or(dir).to_owned()
         },
         PathBuf::from,
     );

@@ -87,8 +87,7 @@ fn measure(devices: u32) -> Row {
     let mut leases = Vec::new();
     let mut acquire = Vec::new();
     for n in 1..=u128::from(devices) {
-        let (took, lease) =
-            timed(|| client.acquire(Key(n.to_le_bytes()), Kind::Both, 0));
+        let (took, lease) = timed(|| client.acquire(Key(n.to_le_bytes()), Kind::Both, 0));
         acquire.push(took);
         leases.push(lease.unwrap_or_else(|e| panic!("lease {n}: {e}; {}", helper.log())));
     }
@@ -159,7 +158,8 @@ impl Memory {
         let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let field = |name: &str| {
             let line = text.lines().find_map(|l| l.strip_prefix(name));
-            let number = line.and_then(|l| l.trim_matches([':', ' ']).split(' ').next()?.parse().ok());
+            let number =
+                line.and_then(|l| l.trim_matches([':', ' ']).split(' ').next()?.parse().ok());
             number.unwrap_or(0.0)
         };
         Memory {
