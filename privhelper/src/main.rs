@@ -316,31 +316,38 @@ fn check(config: &Config) -> Result<(), Failure> {
     }
 }
 
+/// What is there by the kernel's account alone: no helper is asked, so none need be alive.
 fn status(config: &Config, json: bool) -> Result<(), Failure> {
     let mut k = Kernel::open()?;
     let found = apply::survey(&mut k, config)?;
     let rules = kernel::ruleset::rules_present(&mut k).unwrap_or(0);
     let leased = found.ours.iter().filter(|d| d.tag.lease.is_some()).count();
     let unsound = found.ours.iter().filter(|d| !d.sound).count();
-    let serving =
-        seqpacket::connect(&config.socket).is_ok_and(|s| seqpacket::peer_cred(s.as_fd()).is_ok());
     let (devices, foreign) = (found.ours.len(), found.foreign.len());
+    let free = devices - leased;
+    let mut uplinks = Vec::new();
+    for index in kernel::host::uplinks(&mut k, config)? {
+        uplinks.push(kernel::link::get(&mut k.route, index)?.name);
+    }
+    let serving = kernel::host::listening(&config.socket)?;
     if json {
+        // A list of interface names is written the same in Rust and in JSON.
         println!(
-            "{{\"devices\":{devices},\"leased\":{leased},\"unsound\":{unsound},\"foreign\":{foreign},\"rules\":{rules},\"serving\":{serving}}}"
+            "{{\"devices\":{devices},\"free\":{free},\"leased\":{leased},\"unsound\":{unsound},\"foreign\":{foreign},\"rules\":{rules},\"uplinks\":{uplinks:?},\"serving\":{serving}}}"
         );
-    } else {
-        let served = if serving {
-            "a helper is serving"
+        return Ok(());
+    }
+    let served = if serving { "a" } else { "no" };
+    println!(
+        "{devices} devices: {free} free, {leased} with a lease, {unsound} not as made\n{rules} rules in table inet rvpn\nuplinks: {}\n{served} helper is serving",
+        if uplinks.is_empty() {
+            "none".to_owned()
         } else {
-            "no helper is serving"
-        };
-        println!(
-            "{devices} devices, {leased} with a lease, {unsound} not as made; {rules} rules in table inet rvpn; {served}"
-        );
-        for name in found.foreign {
-            println!("in the way: {name}, not made by this helper");
+            uplinks.join(", ")
         }
+    );
+    for name in found.foreign {
+        println!("in the way: {name}, not made by this helper");
     }
     Ok(())
 }

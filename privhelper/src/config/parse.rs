@@ -4,7 +4,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -78,11 +79,14 @@ impl Environment {
 /// Reads a file that nobody but root, or the user of a private namespace, can have written.
 pub(crate) fn load(path: &Path) -> Result<Config, Invalid> {
     let shown = path.display();
-    let meta = fs::metadata(path).map_err(|e| {
+    let failed = |e| {
         Invalid(format!(
             "{shown}: {e}; write it, or name another with --config (see privhelper.conf.example)"
         ))
-    })?;
+    };
+    // What is judged is what is read, whatever the path leads to meanwhile.
+    let mut file = File::open(path).map_err(failed)?;
+    let meta = file.metadata().map_err(failed)?;
     let me = nix::unistd::geteuid().as_raw();
     if meta.uid() != 0 && !(meta.uid() == me && crate::confine::in_user_namespace()) {
         return invalid(format!(
@@ -93,7 +97,8 @@ pub(crate) fn load(path: &Path) -> Result<Config, Invalid> {
     if meta.mode() & 0o022 != 0 {
         return invalid(format!("{shown}: others may write it: chmod go-w {shown}"));
     }
-    let text = fs::read_to_string(path).map_err(|e| Invalid(format!("{shown}: {e}")))?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(failed)?;
     parse(&text, &Environment::read()).map_err(|e| Invalid(format!("{shown}: {e}")))
 }
 

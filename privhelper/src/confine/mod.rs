@@ -99,6 +99,7 @@ pub(crate) fn prove() -> io::Result<()> {
             ("CapInh", zero.as_str()),
             ("CapAmb", zero.as_str()),
             ("NoNewPrivs", "1"),
+            ("Seccomp", "2"),
         ];
         if let Some((name, value)) = wanted.into_iter().find(|(n, v)| field(n) != *v) {
             let found = field(name);

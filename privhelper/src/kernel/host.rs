@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 
 use crate::config::{Config, Net, Net4, Net6, Uplink};
 
@@ -73,6 +74,16 @@ pub(crate) fn bound_ports() -> io::Result<Vec<(&'static str, u16)>> {
     ports.sort_unstable();
     ports.dedup();
     Ok(ports)
+}
+
+/// Whether something listens on this socket. Nothing is asked of it: it would log a stranger.
+pub(crate) fn listening(socket: &Path) -> io::Result<bool> {
+    const LISTENS: &str = "00010000";
+    let ending = format!(" {}", socket.display());
+    let table = fs::read_to_string("/proc/self/net/unix")?;
+    Ok(table
+        .lines()
+        .any(|l| l.ends_with(&ending) && l.split_whitespace().nth(3) == Some(LISTENS)))
 }
 
 /// The largest number of flows the kernel tracks, for all of the host.
