@@ -234,13 +234,19 @@ fn provision(config: &Config) -> Result<(), Failure> {
     Ok(())
 }
 
-fn serve(config: Config, passed: u32) -> Result<(), Failure> {
-    if config.helper_uid == config.gateway_uid && !confine::in_user_namespace() {
-        return Err(Failure::Config(format!(
-            "helper-user and gateway-user are both uid {}: the gateway must not be the helper's user, give it one of its own",
-            config.helper_uid
-        )));
+/// The split between the halves is one between users. A user namespace may have but one.
+fn two_users(config: &Config) -> Result<(), Failure> {
+    let (helper, gateway) = (config.helper_uid, config.gateway_uid);
+    if confine::in_user_namespace() || (helper != gateway && helper != 0 && gateway != 0) {
+        return Ok(());
     }
+    Err(Failure::Config(format!(
+        "helper-user is uid {helper} and gateway-user is uid {gateway}: each needs a user of its own, which is not root's"
+    )))
+}
+
+fn serve(config: Config, passed: u32) -> Result<(), Failure> {
+    two_users(&config)?;
     // Let go of by the kernel, with the process: unlocking is no call the filter allows.
     let _lock = ManuallyDrop::new(lock(&config)?);
     let notify = notify::Notify::from_env();
@@ -296,8 +302,12 @@ fn listen(config: &Config, passed: u32) -> Result<OwnedFd, Failure> {
 }
 
 fn check(config: &Config) -> Result<(), Failure> {
+    let mut findings = check::host(&mut Kernel::open()?, config)?;
+    if let Err(Failure::Config(t)) = two_users(config) {
+        findings.push(Finding::Wrong(t));
+    }
     let mut wrong = 0;
-    for finding in check::host(&mut Kernel::open()?, config)? {
+    for finding in findings {
         match finding {
             Finding::Wrong(t) => {
                 wrong += 1;

@@ -243,7 +243,10 @@ fn a_configuration_that_is_not_roots_alone_is_refused() {
     let helper = Helper::prepared(&lab, "");
     let refused = |part: &str| {
         let (code, text) = helper.run(&lab.gw, "check");
-        assert!(code == 78 && text.contains(part), "{code} {text}");
+        assert!(
+            code == 78 && text.contains(part),
+            "'{part}' is not in: {code} {text}"
+        );
     };
     fs::set_permissions(&helper.config, fs::Permissions::from_mode(0o664)).unwrap();
     refused("others may write it: chmod go-w");
@@ -253,15 +256,16 @@ fn a_configuration_that_is_not_roots_alone_is_refused() {
         give(&helper.config, 65_030);
         refused("owned by uid 65030, must be root's");
         give(&helper.config, 0);
-        // One user for both would undo the split.
+        // One user for both would undo the split, and root is nobody's own.
         let text = fs::read_to_string(&helper.config).unwrap();
-        let same = text.replace("helper-user = 65010", "helper-user = 65020");
-        fs::write(&helper.config, same).unwrap();
-        let (code, text) = helper.run(&lab.gw, "serve");
-        assert!(
-            code == 78 && text.contains("both uid 65020"),
-            "{code} {text}"
-        );
+        for uid in ["65020", "0"] {
+            let wrong = text.replace("helper-user = 65010", &format!("helper-user = {uid}"));
+            fs::write(&helper.config, wrong).unwrap();
+            let expected = format!("helper-user is uid {uid} and gateway-user is uid 65020");
+            refused(&expected);
+            let (code, text) = helper.run(&lab.gw, "serve");
+            assert!(code == 78 && text.contains(&expected), "{code} {text}");
+        }
     }
     fs::write(&helper.config, "linger = 60\nslots 4\n").unwrap();
     refused("line 2: 'slots 4' is not 'key = value'");
