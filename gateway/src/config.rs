@@ -26,6 +26,8 @@ pub use self::secret::Secret;
 pub struct Config {
     /// Where keys made by the gateway, the store and the meter live.
     pub state_dir: PathBuf,
+    /// Whom to become when started as root: user and group.
+    pub user: Option<(u32, u32)>,
     /// Host names the gateway answers to, beside addresses.
     pub names: Names,
     /// Pages of other origins that may open a WebSocket, as `https://host[:port]`.
@@ -65,6 +67,8 @@ pub struct Listener {
     pub mode: Mode,
     /// Who may say, by PROXY v2, on whose behalf it connects.
     pub proxy_from: Vec<Network>,
+    /// Who may say it by `X-Forwarded-For`, whose last entry counts.
+    pub forwarded_from: Vec<Network>,
 }
 
 /// What a listener expects of a connection's first bytes.
@@ -305,6 +309,7 @@ impl Config {
             }
         };
         differs(self.state_dir != new.state_dir, "state-dir");
+        differs(self.user != new.user, "user");
         differs(self.listeners != new.listeners, "listener");
         differs(self.admin != new.admin, "admin");
         differs(self.helper != new.helper, "helper");
@@ -314,6 +319,10 @@ impl Config {
         differs(
             self.limits.max_clients != new.limits.max_clients,
             "limits.max-clients",
+        );
+        differs(
+            self.limits.handshakes != new.limits.handshakes,
+            "limits.handshakes",
         );
         found
     }

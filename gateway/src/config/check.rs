@@ -12,7 +12,7 @@ use rvpn_proto::dialect::{Dialect as Variant, Noise, Padding};
 use super::raw::{self, Raw};
 use super::{
     AdminAddress, Algorithm, CertificateFiles, Config, Dialect, HelperSettings, Key, KeySource,
-    Legacy, Limits, Listener, Log, Mode, Names, Secret, SessionSettings, host_of,
+    Legacy, Limits, Listener, Log, Mode, Names, Network, Secret, SessionSettings, host_of,
 };
 
 /// Where the system keeps the certificates that everybody believes.
@@ -83,11 +83,18 @@ pub(super) fn check(
             .map(PathBuf::from)
             .or(raw.helper.socket)
             .unwrap_or_else(|| rvpn_ipc::DEFAULT_SOCKET.into()),
-        uid: uid(raw.helper.user)?,
+        uid: user(
+            "helper.user",
+            raw.helper
+                .user
+                .unwrap_or(raw::User::Name(HELPER_USER.to_owned())),
+        )?
+        .0,
     };
     let admin = env("RVPN_ADMIN").or(raw.admin.address);
     Ok(Config {
         state_dir: state_dir.unwrap_or_else(|| STATE_DIR.into()),
+        user: raw.user.map(|u| user("user", u)).transpose()?,
         names: Names::new(raw.names)?,
         allowed_origins,
         listeners,
@@ -125,7 +132,12 @@ fn unique<T>(what: &str, items: Vec<T>, name: impl Fn(&T) -> String) -> Checked<
 }
 
 fn listener(raw: raw::Listener) -> Checked<Listener> {
-    let networks = raw.proxy_from.iter().map(|n| n.parse());
+    let networks = |what: &str, from: &[String]| {
+        let parsed = from.iter().map(|n| n.parse::<Network>());
+        parsed
+            .collect::<Checked<Vec<_>>>()
+            .map_err(|e| format!("listener {}: {what}: {e}", raw.address))
+    };
     Ok(Listener {
         address: raw.address,
         mode: match raw.mode {
@@ -133,9 +145,8 @@ fn listener(raw: raw::Listener) -> Checked<Listener> {
             raw::Mode::Plain => Mode::Plain,
             raw::Mode::Auto => Mode::Auto,
         },
-        proxy_from: networks
-            .collect::<Checked<Vec<_>>>()
-            .map_err(|e| format!("listener {}: proxy-from: {e}", raw.address))?,
+        proxy_from: networks("proxy-from", &raw.proxy_from)?,
+        forwarded_from: networks("forwarded-from", &raw.forwarded_from)?,
     })
 }
 
@@ -160,19 +171,22 @@ fn admin_address(text: &str) -> Checked<AdminAddress> {
     Ok(AdminAddress::Tcp(address))
 }
 
-fn uid(user: Option<raw::User>) -> Checked<u32> {
-    let name = match user {
-        Some(raw::User::Uid(uid)) => return Ok(uid),
-        Some(raw::User::Name(name)) => name,
-        None => HELPER_USER.to_owned(),
+/// User and group of a name or number.
+fn user(what: &str, user: raw::User) -> Checked<(u32, u32)> {
+    use nix::unistd::{Uid, User};
+    let (name, found) = match &user {
+        raw::User::Uid(uid) => (uid.to_string(), User::from_uid(Uid::from_raw(*uid))),
+        raw::User::Name(name) => (name.clone(), User::from_name(name)),
     };
-    match nix::unistd::User::from_name(&name) {
-        Ok(Some(user)) => Ok(user.uid.as_raw()),
-        Ok(None) => Err(format!(
-            "helper: there is no user \"{name}\"; say with helper.user whom rvpn-privhelper runs as"
+    match (found, user) {
+        (Ok(Some(found)), _) => Ok((found.uid.as_raw(), found.gid.as_raw())),
+        // A number needs no name.
+        (Ok(None), raw::User::Uid(uid)) => Ok((uid, uid)),
+        (Ok(None), _) => Err(format!(
+            "{what}: there is no user \"{name}\"; make it, or name another"
         )),
-        Err(error) => Err(format!(
-            "helper: cannot look up the user \"{name}\": {error}"
+        (Err(error), _) => Err(format!(
+            "{what}: cannot look up the user \"{name}\": {error}"
         )),
     }
 }

@@ -11,6 +11,7 @@ use super::secret::Secret;
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct Raw {
     pub(super) state_dir: Option<PathBuf>,
+    pub(super) user: Option<User>,
     #[serde(default)]
     pub(super) names: Vec<String>,
     #[serde(default)]
@@ -54,6 +55,8 @@ pub(super) struct Listener {
     pub(super) mode: Mode,
     #[serde(default)]
     pub(super) proxy_from: Vec<String>,
+    #[serde(default)]
+    pub(super) forwarded_from: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
