@@ -1,5 +1,7 @@
 //! Faults under the helper: killed, tampered with, refused by the kernel, started badly.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -294,12 +296,7 @@ fn flt_13_a_device_is_deleted_under_a_client() {
         Tunnel::acquire(&mut client, 2),
     );
     lab.gw.ip(&format!("link del {}", a.name()));
-    let notice = loop {
-        match client.wait_notice() {
-            Ok(n) => break n,
-            Err(e) => panic!("{e}"),
-        }
-    };
+    let notice = client.wait_notice().expect("a notice");
     assert_eq!(
         (notice.status, notice.slot, notice.generation),
         (Status::DeviceLost, a.reply.slot, a.reply.generation)

@@ -1,6 +1,8 @@
 //! The helper's boundary: what a taken-over gateway, another user, and a
 //! hostile environment cannot do.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

@@ -1,5 +1,7 @@
 //! Translation and connection tracking: port shadow, residual traffic, exhaustion.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::io::Write;
 use std::net::{Shutdown, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;

@@ -1,6 +1,8 @@
 //! The seventeen probes a plain `ip_forward` and `masquerade` gateway fails,
 //! with that gateway beside ours as the control, on IPv4 and their IPv6 twins.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::net::UdpSocket;
 
 use rvpn_lab::capture::{contains, drain_udp};
@@ -54,10 +56,13 @@ enum From {
     Neighbour,
 }
 
-/// Name, sender, packet, and whether the naive gateway lets it through to its target.
-type Probe<'a> = (&'a str, From, Box<dyn Fn(&[u8]) -> Vec<u8> + 'a>, bool);
+/// Makes the probe's packet around a canary.
+type Build<'a> = Box<dyn Fn(&[u8]) -> Vec<u8> + 'a>;
 
-fn to<'a>(src: &'a str, dst: &'a str) -> Box<dyn Fn(&[u8]) -> Vec<u8> + 'a> {
+/// Name, sender, packet, and whether the naive gateway lets it through to its target.
+type Probe<'a> = (&'a str, From, Build<'a>, bool);
+
+fn to<'a>(src: &'a str, dst: &'a str) -> Build<'a> {
     Box::new(move |c| packet::udp(src, PORT, dst, PORT, c))
 }
 

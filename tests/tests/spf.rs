@@ -468,7 +468,7 @@ fn spf_15_time_exceeded() {
     s.watch.fence(&s.a);
     answers += s.a.drain().len();
     assert!(answers < 1000, "{answers} answers to 10,000");
-    let zero = vec![probe(|c| {
+    let zero = [probe(|c| {
         packet::with_ttl(packet::udp(&a4, 1, UP4, 33434, c), 0)
     })];
     s.a.send(&zero[0].1);
@@ -478,7 +478,7 @@ fn spf_15_time_exceeded() {
 
 #[test]
 fn spf_16_a_neighbour_routes_to_a_client() {
-    let mut s = Stage::new();
+    let s = Stage::new();
     s.lab.nb.ip(&format!("route add 10.64.0.0/10 via {GW4}"));
     s.lab
         .nb
@@ -606,12 +606,7 @@ fn spf_20_protocols_that_are_not_translated() {
     // Extension headers: hop-by-hop, routing, destination options.
     for header in [0, 43, 60] {
         probes.push(probe(|c| {
-            packet::raw6(
-                &a6,
-                UP6,
-                header,
-                &[&[17, 0, 1, 4, 0, 0, 0, 0], &c[..]].concat(),
-            )
+            packet::raw6(&a6, UP6, header, &[&[17, 0, 1, 4, 0, 0, 0, 0], c].concat())
         }));
     }
     s.all_dropped(&probes, &["protocol"]);
