@@ -113,8 +113,7 @@ impl Gate {
     /// Loads keys and what the store knows, and proves that signing and
     /// verifying work with every key before any client depends on it.
     pub fn open(config: &Config, store: Store) -> Result<Gate, OpenError> {
-        let ring = KeyRing::load(config)?;
-        ring.self_test()?;
+        let ring = Gate::prepare(config)?;
         let now = now();
         let (devices, revocations) = store.run_blocking(move |engine| {
             engine.prune(now)?;
@@ -129,13 +128,17 @@ impl Gate {
         })
     }
 
-    /// Takes over the keys of a new configuration, or keeps the old ones.
-    pub fn reload(&self, config: &Config) -> Result<(), KeyError> {
+    /// Loads and proves the keys of a configuration, without putting them in force yet.
+    pub fn prepare(config: &Config) -> Result<KeyRing, KeyError> {
         let ring = KeyRing::load(config)?;
         ring.self_test()?;
+        Ok(ring)
+    }
+
+    /// Puts keys in force: from here on those that are not among them count no more.
+    pub fn commit(&self, ring: KeyRing) {
         ring.keep_fetched(&self.ring.load());
         self.ring.store(Arc::new(ring));
-        Ok(())
     }
 
     /// The keys in force.

@@ -300,29 +300,44 @@ impl Config {
         check::check(raw, base, env).map_err(ConfigError::Invalid)
     }
 
-    /// Keys of another configuration that cannot be taken over without a restart.
-    pub fn fixed_differences(&self, new: &Config) -> Vec<&'static str> {
-        let mut found = Vec::new();
-        let mut differs = |yes: bool, what| {
-            if yes {
+    /// Puts back what cannot change while the process runs, and names it.
+    pub fn keep_fixed(&mut self, old: &Config) -> Vec<&'static str> {
+        fn keep<T: Clone + PartialEq>(
+            new: &mut T,
+            old: &T,
+            what: &'static str,
+            found: &mut Vec<&'static str>,
+        ) {
+            if new != old {
+                new.clone_from(old);
                 found.push(what);
             }
-        };
-        differs(self.state_dir != new.state_dir, "state-dir");
-        differs(self.user != new.user, "user");
-        differs(self.listeners != new.listeners, "listener");
-        differs(self.admin != new.admin, "admin");
-        differs(self.helper != new.helper, "helper");
-        differs(self.session != new.session, "session");
-        differs(self.log != new.log, "log");
-        differs(self.sandbox != new.sandbox, "sandbox");
-        differs(
-            self.limits.max_clients != new.limits.max_clients,
+        }
+        let mut found = Vec::new();
+        keep(&mut self.state_dir, &old.state_dir, "state-dir", &mut found);
+        keep(&mut self.user, &old.user, "user", &mut found);
+        let addresses = |c: &Config| c.listeners.iter().map(|l| l.address).collect::<Vec<_>>();
+        if addresses(self) != addresses(old) {
+            self.listeners.clone_from(&old.listeners);
+            found.push("listener");
+        }
+        keep(&mut self.admin, &old.admin, "admin", &mut found);
+        keep(&mut self.helper, &old.helper, "helper", &mut found);
+        keep(&mut self.session, &old.session, "session", &mut found);
+        keep(&mut self.log, &old.log, "log", &mut found);
+        keep(&mut self.sandbox, &old.sandbox, "sandbox", &mut found);
+        let (new, old) = (&mut self.limits, &old.limits);
+        keep(
+            &mut new.max_clients,
+            &old.max_clients,
             "limits.max-clients",
+            &mut found,
         );
-        differs(
-            self.limits.handshakes != new.limits.handshakes,
+        keep(
+            &mut new.handshakes,
+            &old.handshakes,
             "limits.handshakes",
+            &mut found,
         );
         found
     }

@@ -1,6 +1,7 @@
 //! The gateway's parts, as a library so that tests and benches can hold them.
 
 pub mod admit;
+pub mod api;
 pub mod auth;
 pub mod config;
 pub mod cores;
@@ -8,6 +9,7 @@ pub mod dialects;
 pub mod fd;
 pub mod helper;
 pub mod http;
+pub mod lifecycle;
 pub mod limits;
 pub mod listener;
 pub mod meter;

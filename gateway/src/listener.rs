@@ -4,6 +4,8 @@
 //! number of strangers, those of one place, TLS handshakes, and the time for
 //! each step.
 
+pub mod inherited;
+
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::os::fd::AsFd;

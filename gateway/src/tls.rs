@@ -73,6 +73,9 @@ pub enum TlsError {
     Make(#[from] rcgen::Error),
 }
 
+/// A certificate that could be put in force.
+pub struct Prepared(Current);
+
 struct Current {
     acceptor: TlsAcceptor,
     fingerprint: Fingerprint,
@@ -92,10 +95,14 @@ impl Tls {
         })
     }
 
-    /// Loads it anew, or keeps the old one.
-    pub fn reload(&self, config: &Config) -> Result<(), TlsError> {
-        self.current.store(Arc::new(current(config)?));
-        Ok(())
+    /// Loads it anew, without putting it in force yet.
+    pub fn prepare(config: &Config) -> Result<Prepared, TlsError> {
+        current(config).map(Prepared)
+    }
+
+    /// Puts what was prepared in force.
+    pub fn commit(&self, prepared: Prepared) {
+        self.current.store(Arc::new(prepared.0));
     }
 
     /// For the next handshake.

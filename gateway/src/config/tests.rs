@@ -164,14 +164,15 @@ fn the_environment_wins() {
 }
 
 #[test]
-fn what_a_reload_cannot_change_is_named() {
+fn what_a_reload_cannot_change_is_kept_and_named() {
     let old = with("").unwrap();
     let mut new = with("[[dialect]]\npath = \"/t\"\n[limits]\nlogin-failures = 5\n").unwrap();
-    assert!(old.fixed_differences(&new).is_empty());
+    assert!(new.keep_fixed(&old).is_empty());
+    assert_eq!(new.limits.login_failures, 5);
     new.state_dir = "/elsewhere".into();
     new.limits.max_clients = 5;
-    assert_eq!(
-        old.fixed_differences(&new),
-        ["state-dir", "limits.max-clients"]
-    );
+    new.listeners[0].mode = Mode::Plain;
+    assert_eq!(new.keep_fixed(&old), ["state-dir", "limits.max-clients"]);
+    assert_eq!(new.state_dir, old.state_dir);
+    assert_eq!(new.listeners[0].mode, Mode::Plain);
 }

@@ -81,13 +81,6 @@ pub(crate) fn own_host(head: &Parts) -> Result<Host, Refusal> {
     Ok(Host { name, port })
 }
 
-impl Host {
-    /// Without its port.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-}
-
 /// The request is for somebody else: a rebound name, or a mistake.
 pub(crate) fn elsewhere() -> Refusal {
     Refusal::new(StatusCode::MISDIRECTED_REQUEST, "misdirected request")
