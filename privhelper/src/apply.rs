@@ -65,17 +65,17 @@ pub(crate) fn is_sound(config: &Config, l: &Link) -> bool {
             .is_some_and(|t| t.sound && t.owner == Some(config.helper_uid))
 }
 
-/// Whether the device still has both its host addresses.
+/// Whether the device still has its host addresses: the IPv6 one comes with a lease.
 pub(crate) fn addressed(
     k: &mut Kernel,
     config: &Config,
     slot: Slot,
     index: u32,
+    leased: bool,
 ) -> io::Result<bool> {
     let (v4, v6) = plan::hosts(config, slot);
-    let wanted = [Net::V4(v4), Net::V6(v6)];
     let found = link::addresses_of(&mut k.route, index)?;
-    Ok(wanted.iter().all(|w| found.contains(w)))
+    Ok(found.contains(&Net::V4(v4)) && (!leased || found.contains(&Net::V6(v6))))
 }
 
 /// The error for a device that somebody else made under one of our names.
@@ -144,7 +144,7 @@ pub(crate) fn create_tagged(
         let mut specs = Vec::with_capacity(some.len());
         for &(slot, tag) in some {
             let (tun, index) = fresh(k, config, slot)?;
-            let (host4, host6) = plan::hosts(config, slot);
+            let (host4, _) = plan::hosts(config, slot);
             tuns.push(tun);
             specs.push(Spec {
                 index,
@@ -153,7 +153,6 @@ pub(crate) fn create_tagged(
                 mtu: config.mtu,
                 txqueuelen: config.txqueuelen,
                 host4,
-                host6,
             });
             made.push((slot, index));
         }
@@ -277,18 +276,17 @@ pub(crate) fn restore_rules(
     config: &Config,
     uplinks: &[u32],
     leases: &[ruleset::Element],
-    slots: &[(Slot, u32)],
 ) -> io::Result<usize> {
     link::set_group_up(&mut k.route, config.link_group, false)?;
     let rules = ruleset::install(k, config, uplinks, leases)?;
     link::set_group_up(&mut k.route, config.link_group, true)?;
     // Going down cost the devices their IPv6 addresses.
-    for some in slots.chunks(BATCH as usize) {
-        let hosts: Vec<_> = some
-            .iter()
-            .map(|&(slot, index)| (index, plan::hosts(config, slot).1))
-            .collect();
-        link::add_hosts6(&mut k.route, &hosts)?;
+    let hosts: Vec<_> = leases
+        .iter()
+        .map(|e| (e.index, plan::hosts(config, e.slot).1))
+        .collect();
+    for some in hosts.chunks(BATCH as usize) {
+        link::add_hosts6(&mut k.route, some)?;
     }
     Ok(rules)
 }

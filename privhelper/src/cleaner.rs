@@ -165,6 +165,7 @@ fn clean(
     let (held, index) = match hold(k, config, slot, index) {
         Some(tun) => {
             link::set_alias(&mut k.route, index, &tag.to_alias())?;
+            link::drop_host6(&mut k.route, index, plan::hosts(config, slot).1);
             (Some(tun), index)
         }
         None => (None, apply::recreate(k, config, slot, index, tag)?),
@@ -195,7 +196,8 @@ fn hold(
         }
     };
     let l = link::get(&mut k.route, index).ok()?;
-    let whole = apply::is_sound(config, &l) && apply::addressed(k, config, slot, index).ok()?;
+    let whole =
+        apply::is_sound(config, &l) && apply::addressed(k, config, slot, index, false).ok()?;
     whole.then_some(tun)
 }
 

@@ -479,7 +479,9 @@ fn hlp_12_every_message_to_the_kernel_is_of_the_model() {
         "RTM_DELLINK",
         "RTM_NEWADDR",
         "RTM_GETADDR",
+        "RTM_DELADDR",
         "RTM_NEWROUTE",
+        "RTM_DELROUTE",
         "RTM_GETROUTE",
         "NFNL_MSG_BATCH_BEGIN",
         "NFNL_SUBSYS_NFTABLES<<8|NFT_MSG_GETRULE",
@@ -493,6 +495,12 @@ fn hlp_12_every_message_to_the_kernel_is_of_the_model() {
                 .iter()
                 .any(|k| line.contains(&format!("nlmsg_type={k}"))),
             "not of the model: {line}"
+        );
+        // What a lease's IPv6 address brought along goes with it, by the device's index.
+        assert!(
+            !line.contains("RTM_DELROUTE")
+                || line.contains("if_nametoindex(\"rv") && line.contains("fd52:5650:1:"),
+            "{line}"
         );
         assert!(
             !line.contains("RTM_NEWROUTE")

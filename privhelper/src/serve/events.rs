@@ -155,10 +155,12 @@ impl Server {
     /// The notification may be old news, or our own doing: what counts is how it is now.
     fn look_at(&mut self, slot: Slot) -> io::Result<()> {
         let index = self.pool.index(slot);
+        let leased = self.pool.tag(slot).lease.is_some();
         let well = index != 0
             && link::get(&mut self.kernel.route, index)
                 .is_ok_and(|l| apply::is_sound(&self.config, &l))
-            && apply::addressed(&mut self.kernel, &self.config, slot, index).unwrap_or(false);
+            && apply::addressed(&mut self.kernel, &self.config, slot, index, leased)
+                .unwrap_or(false);
         if well { Ok(()) } else { self.lose(slot) }
     }
 
@@ -175,9 +177,10 @@ impl Server {
             .devices()
             .filter(|&(slot, index)| {
                 let (v4, v6) = plan::hosts(&self.config, slot);
-                let hosts = [Net::V4(v4), Net::V6(v6)];
+                let leased = self.pool.tag(slot).lease.is_some();
                 links.get(&index) != Some(&true)
-                    || hosts.iter().any(|h| !addresses.contains(&(index, *h)))
+                    || !addresses.contains(&(index, Net::V4(v4)))
+                    || leased && !addresses.contains(&(index, Net::V6(v6)))
             })
             .map(|d| d.0)
             .collect();
@@ -215,14 +218,7 @@ impl Server {
             .live()
             .map(|l| element(l.slot, l.index, l.lease))
             .collect();
-        let devices: Vec<_> = self.pool.devices().collect();
-        match apply::restore_rules(
-            &mut self.kernel,
-            &self.config,
-            &self.uplinks,
-            &live,
-            &devices,
-        ) {
+        match apply::restore_rules(&mut self.kernel, &self.config, &self.uplinks, &live) {
             Ok(rules) => {
                 self.rules = rules;
                 self.doubts.retry = None;

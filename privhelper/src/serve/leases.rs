@@ -189,6 +189,10 @@ impl Server {
         {
             p.send(&Reply::notice(Status::TakenOver, slot, generation), None);
         }
+        if self.pending.iter().any(|p| p.request.key == r.key) {
+            self.refuse(id, r, Status::Busy, RETRY);
+            return Ok(());
+        }
         let until = Instant::now() + LET_GO;
         match self.attempt(id, r, false)? {
             Outcome::Wait if self.pending.len() < WAITING => {
@@ -218,8 +222,12 @@ impl Server {
     }
 
     pub(super) fn retry_pending(&mut self, now: Instant) -> io::Result<()> {
+        // Making a device again takes tens of milliseconds: one a turn, for the others' sake.
+        let mut forced = false;
         for p in std::mem::take(&mut self.pending) {
-            match self.attempt(p.holder, &p.request, now >= p.until)? {
+            let force = now >= p.until && !forced;
+            forced |= force;
+            match self.attempt(p.holder, &p.request, force)? {
                 Outcome::Wait => self.pending.push(p),
                 Outcome::Granted(reply, fd) => self.answer(p.holder, &reply, fd),
                 Outcome::Refused(status, after) => self.refuse(p.holder, &p.request, status, after),
@@ -322,6 +330,7 @@ impl Server {
         };
         let index = pool.index(slot);
         link::set_alias(&mut k.route, index, &tag.to_alias())?;
+        link::add_hosts6(&mut k.route, &[(index, plan::hosts(config, slot).1)])?;
         let opened = element(slot, index, wanted);
         if former != Some(opened) {
             if let Some(old) = former {
