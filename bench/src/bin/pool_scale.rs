@@ -1,6 +1,8 @@
 //! How the helper's pool scales: time and memory to provision, acquire,
 //! release and tear down pools of several sizes, in namespaces of its own.
 //!
+//! In each pool [`LEASES`] slots are leased and given back; with `--all`, every one.
+//!
 //! Run it as root, or in a user namespace, beside a helper of the same build:
 //! `cargo build --release -p rvpn-privhelper -p rvpn-bench && ./target/release/pool_scale`
 
@@ -16,6 +18,8 @@ use rvpn_lab::{Helper, Lab, wait_within};
 const SIZES: [u32; 3] = [1_000, 5_000, 10_000];
 /// The most a plan numbers with the ranges below.
 const LARGEST: u32 = 16_384;
+/// Held at a time, so that every size has as many samples.
+const LEASES: u32 = 1_000;
 /// Descriptors needed beside one for each lease.
 const OTHER_DESCRIPTORS: u64 = 256;
 /// Beyond this something hangs, and no figure is worth waiting for.
@@ -24,6 +28,7 @@ const HANG: Duration = Duration::from_secs(300);
 /// What one pool cost.
 struct Row {
     devices: u32,
+    leased: u32,
     provision: Duration,
     /// Unswappable kernel memory of the devices, in KiB.
     kernel: f64,
@@ -41,7 +46,10 @@ struct Row {
 }
 
 fn main() -> ExitCode {
-    let given: Vec<String> = std::env::args().skip(1).collect();
+    let mut given: Vec<String> = std::env::args().skip(1).collect();
+    let words = given.len();
+    given.retain(|a| a != "--all");
+    let all = given.len() < words;
     let sizes: Vec<u32> = if given.is_empty() {
         SIZES.into()
     } else {
@@ -49,7 +57,9 @@ fn main() -> ExitCode {
     };
     let fits = |n: &u32| (1..=LARGEST).contains(n);
     if sizes.len() < given.len() || !sizes.iter().all(fits) {
-        eprintln!("usage: pool_scale [DEVICES...], each from 1 to {LARGEST}; without: {SIZES:?}");
+        eprintln!(
+            "usage: pool_scale [--all] [DEVICES...], each from 1 to {LARGEST}; without: {SIZES:?}"
+        );
         return ExitCode::from(1);
     }
     let most = sizes.iter().copied().map(u64::from).max().unwrap_or(0) + OTHER_DESCRIPTORS;
@@ -61,7 +71,10 @@ fn main() -> ExitCode {
     let mut first = None;
     for devices in sizes {
         // A thread has namespaces of its own, and takes them with it.
-        let row = std::thread::spawn(move || measure(devices)).join();
+        let row = std::thread::spawn(move || {
+            measure(devices, if all { devices } else { LEASES.min(devices) })
+        })
+        .join();
         let Ok(row) = row else {
             return ExitCode::from(70);
         };
@@ -71,7 +84,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn measure(devices: u32) -> Row {
+fn measure(devices: u32, leased: u32) -> Row {
     let lab = Lab::new();
     let config = format!("slots = {devices}\nmax-slots = {devices}\nlinger = 60\n");
     let mut helper = Helper::prepared(&lab, &config);
@@ -86,7 +99,7 @@ fn measure(devices: u32) -> Row {
     let mut client = helper.connect();
     let mut leases = Vec::new();
     let mut acquire = Vec::new();
-    for n in 1..=u128::from(devices) {
+    for n in 1..=u128::from(leased) {
         let (took, lease) = timed(|| client.acquire(Key(n.to_le_bytes()), Kind::Both, 0));
         acquire.push(took);
         leases.push(lease.unwrap_or_else(|e| panic!("lease {n}: {e}; {}", helper.log())));
@@ -102,6 +115,7 @@ fn measure(devices: u32) -> Row {
     assert_eq!(code, 0, "teardown: {said}");
     Row {
         devices,
+        leased,
         provision,
         kernel: each(before.kernel, after.kernel),
         all: each(after.available, before.available),
@@ -171,23 +185,24 @@ impl Memory {
 
 fn heading() {
     println!(
-        "         provision  per device: kernel  all  adopt  acquire ms             release ms     clean  helper  teardown"
+        "          provision  KiB a device  adopt           acquire, ms             release, ms   clean  helper  teardown"
     );
     println!(
-        "devices     s    ms     KiB       KiB         s      p50    p99     max     p50    p99      s     KiB      s"
+        "devices    s     ms  kernel   all      s  leases    p50    p99     max     p50     p99       s     KiB         s"
     );
 }
 
 fn print(r: &Row, first: Option<&Row>) {
     let per_device = |d: Duration, r: &Row| d.as_secs_f64() * 1e3 / f64::from(r.devices);
     println!(
-        "{:7} {:5.1} {:5.2}  {:6.1}    {:6.1}     {:5.2}  {:6.3} {:6.3} {:7.3}  {:6.3} {:6.3}  {:5.1}  {:6}  {:5.2}",
+        "{:7} {:4.1} {:6.2}  {:6.1} {:5.1} {:6.2} {:7} {:6.2} {:6.2} {:7.2} {:7.2} {:7.2} {:7.1} {:7} {:9.2}",
         r.devices,
         r.provision.as_secs_f64(),
         per_device(r.provision, r),
         r.kernel,
         r.all,
         r.adopt.as_secs_f64(),
+        r.leased,
         percentile(&r.acquire, 50),
         percentile(&r.acquire, 99),
         percentile(&r.acquire, 100),
@@ -199,7 +214,7 @@ fn print(r: &Row, first: Option<&Row>) {
     );
     if let Some(f) = first {
         println!(
-            "  x, a device against {}: provision {:.2}, kernel memory {:.2}, adopt {:.2}, acquire p50 {:.2} p99 {:.2}, release p50 {:.2} p99 {:.2}, clean {:.2}, teardown {:.2}",
+            "  x, a device against {}: provision {:.2}, kernel memory {:.2}, adopt {:.2}, acquire p50 {:.2} p99 {:.2}, release p50 {:.2} p99 {:.2}, clean a lease {:.2}, teardown {:.2}",
             f.devices,
             per_device(r.provision, r) / per_device(f.provision, f),
             r.kernel / f.kernel,
@@ -208,7 +223,8 @@ fn print(r: &Row, first: Option<&Row>) {
             percentile(&r.acquire, 99) / percentile(&f.acquire, 99),
             percentile(&r.release, 50) / percentile(&f.release, 50),
             percentile(&r.release, 99) / percentile(&f.release, 99),
-            per_device(r.clean, r) / per_device(f.clean, f),
+            (r.clean.as_secs_f64() / f64::from(r.leased))
+                / (f.clean.as_secs_f64() / f64::from(f.leased)),
             per_device(r.teardown, r) / per_device(f.teardown, f),
         );
     }
