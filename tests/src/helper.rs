@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use rvpn_ipc::{Client, ClientError, Key, Kind, Lease, Reply};
 
 use crate::capture::readable;
-use crate::ns::Ns;
+use crate::ns::{Daemon, Ns};
 use crate::topology::{Lab, many_uids};
 use crate::wait_until;
 
@@ -79,7 +79,7 @@ pub fn faulty() -> PathBuf {
 
 /// A helper process, its configuration and its log.
 pub struct Helper {
-    child: Option<Child>,
+    daemon: Option<Daemon>,
     program: PathBuf,
     environment: Vec<(String, String)>,
     wrapper: Vec<String>,
@@ -123,7 +123,7 @@ impl Helper {
         fs::write(&config, text).expect("configuration");
         fs::set_permissions(&config, fs::Permissions::from_mode(0o644)).expect("mode");
         Helper {
-            child: None,
+            daemon: None,
             program: bin("rvpn-privhelper"),
             environment: Vec::new(),
             wrapper: Vec::new(),
@@ -187,7 +187,7 @@ impl Helper {
         let out = log.try_clone().expect("log");
         let mut command = self.command("serve");
         command.stdin(Stdio::null()).stdout(out).stderr(log);
-        self.child = Some(ns.spawn(&mut command));
+        self.daemon = Some(ns.daemon(&mut command));
     }
 
     pub fn log(&self) -> String {
@@ -195,20 +195,21 @@ impl Helper {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.as_ref().expect("started").id()
+        self.daemon.as_ref().expect("started").child.id()
     }
 
     /// How it ended, if it has.
     pub fn exited(&mut self) -> Option<ExitStatus> {
-        self.child
+        self.daemon
             .as_mut()
-            .and_then(|c| c.try_wait().expect("wait"))
+            .and_then(|d| d.child.try_wait().expect("wait"))
     }
 
     /// Waits for its end.
     pub fn ended(&mut self) -> ExitStatus {
         wait_until("the helper ends", || self.exited().is_some());
-        self.child.take().expect("started").wait().expect("wait")
+        let mut daemon = self.daemon.take().expect("started");
+        daemon.child.wait().expect("wait")
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -218,10 +219,7 @@ impl Helper {
 
     /// `kill -9`.
     pub fn kill(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.daemon = None;
     }
 
     /// Runs one of its commands to the end; exit code and everything printed.

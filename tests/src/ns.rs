@@ -1,11 +1,14 @@
 //! Network namespaces held by descriptor.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Output};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
 
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 /// A namespace; it lives as long as a descriptor or a process of it.
 pub struct Ns {
@@ -26,6 +29,8 @@ impl Ns {
             .expect("namespace thread")
         });
         let ns = Ns { name, file };
+        // Addresses work at once, without the time their detection takes.
+        ns.sysctl("net/ipv6/conf/default/accept_dad", "0");
         ns.ip("link set lo up");
         ns
     }
@@ -44,12 +49,20 @@ impl Ns {
         })
     }
 
-    /// Starts a program inside.
+    /// Starts a program inside, in a process group of its own.
     pub fn spawn(&self, command: &mut Command) -> Child {
         let shown = format!("{command:?}");
         command.process_group(0);
         self.run(|| command.spawn())
             .unwrap_or_else(|e| panic!("{shown}: {e}"))
+    }
+
+    /// The same for one that serves until it is stopped: it does not outlive
+    /// this process, however that ends.
+    pub fn daemon(&self, command: &mut Command) -> Daemon {
+        let child = self.spawn(command);
+        let watch = Watch::over(child.id());
+        Daemon { child, watch }
     }
 
     /// Runs a program inside to its end.
@@ -138,6 +151,63 @@ impl Ns {
     pub fn tcp(&self, address: &str) -> std::net::TcpListener {
         self.run(|| std::net::TcpListener::bind(address))
             .unwrap_or_else(|e| panic!("{}: {address}: {e}", self.name))
+    }
+}
+
+/// A running program, and with it whatever it started: all end together.
+pub struct Daemon {
+    pub child: Child,
+    watch: Watch,
+}
+
+impl Daemon {
+    /// `kill -9`, for a wrapper such as strace and what it runs alike.
+    pub fn kill(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            kill_group(self.child.id());
+        }
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+        self.watch.dismiss();
+    }
+}
+
+fn kill_group(pid: u32) {
+    if let Ok(pid) = i32::try_from(pid) {
+        let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+/// Ends a process group when this process ends without having done so: a
+/// runner's `kill` runs no destructor, and the kernel's own death signal is
+/// forgotten by a program that changes its user.
+struct Watch {
+    shell: Child,
+    alive: Option<ChildStdin>,
+}
+
+impl Watch {
+    fn over(group: u32) -> Watch {
+        let mut shell = Command::new("sh")
+            .args(["-c", "read -r _ || kill -9 \"-$0\"", &group.to_string()])
+            .stdin(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .expect("sh");
+        let alive = shell.stdin.take();
+        Watch { shell, alive }
+    }
+
+    fn dismiss(&mut self) {
+        if let Some(mut alive) = self.alive.take() {
+            let _ = alive.write_all(b"done\n");
+        }
+        let _ = self.shell.wait();
     }
 }
 

@@ -3,10 +3,13 @@
 use std::net::UdpSocket;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+
 use crate::capture::{Capture, contains, drain_udp};
 use crate::helper::Tunnel;
 use crate::packet;
-use crate::topology::{Lab, UP4};
+use crate::topology::{Lab, UP4, UP6};
 use crate::wait_until;
 
 /// Sixteen bytes that occur nowhere else.
@@ -34,7 +37,7 @@ impl Default for Canary {
 /// Everywhere a packet of a client could turn up.
 pub struct Observers {
     wire: Vec<Capture>,
-    fence: UdpSocket,
+    fences: [UdpSocket; 2],
 }
 
 /// The port the fence arrives at; probes never use it.
@@ -45,18 +48,41 @@ impl Observers {
     pub fn new(lab: &Lab) -> Observers {
         Observers {
             wire: vec![Capture::on(&lab.up), Capture::on(&lab.nb)],
-            fence: lab.up.udp(&format!("{UP4}:{FENCE_PORT}")),
+            fences: [
+                lab.up.udp(&format!("{UP4}:{FENCE_PORT}")),
+                lab.up.udp(&format!("[{UP6}]:{FENCE_PORT}")),
+            ],
         }
     }
 
-    /// Sends a packet that may pass on the same way, and waits until it has arrived:
-    /// what was sent before it has by then arrived too, or never will.
+    /// Sends packets that may pass on the same way, and waits until they have arrived:
+    /// what was sent before has by then arrived too, or never will. A packet waits for
+    /// others in two places, the processor that took it from the device and the next
+    /// hop's neighbour entry, so there is a fence for every processor and family.
     #[track_caller]
     pub fn fence(&mut self, through: &Tunnel) {
-        let mark = Canary::new();
-        through.send(&packet::udp(&through.v4(2), 9, UP4, FENCE_PORT, &mark.0));
-        wait_until("the fence arrives", || {
-            drain_udp(&self.fence).iter().any(|d| contains(d, &mark.0))
+        let mut missing = Vec::new();
+        for cpu in allowed_processors() {
+            let marks = [Canary::new(), Canary::new()];
+            let packets = [
+                packet::udp(&through.v4(2), 9, UP4, FENCE_PORT, &marks[0].0),
+                packet::udp(&through.v6(1), 9, UP6, FENCE_PORT, &marks[1].0),
+            ];
+            std::thread::scope(|s| {
+                s.spawn(|| {
+                    pin_to(cpu);
+                    packets.iter().for_each(|p| through.send(p));
+                });
+            });
+            missing.extend(marks);
+        }
+        wait_until("every fence arrives", || {
+            for s in &self.fences {
+                for d in drain_udp(s) {
+                    missing.retain(|m| !contains(&d, &m.0));
+                }
+            }
+            missing.is_empty()
         });
     }
 
@@ -88,4 +114,19 @@ impl Observers {
     pub fn clear(&mut self) {
         self.wire.iter_mut().for_each(Capture::clear);
     }
+}
+
+const THIS_THREAD: Pid = Pid::from_raw(0);
+
+fn allowed_processors() -> Vec<usize> {
+    let set = sched_getaffinity(THIS_THREAD).expect("affinity");
+    (0..CpuSet::count())
+        .filter(|&c| set.is_set(c).unwrap_or(false))
+        .collect()
+}
+
+fn pin_to(cpu: usize) {
+    let mut one = CpuSet::new();
+    one.set(cpu).expect("a processor's number");
+    sched_setaffinity(THIS_THREAD, &one).expect("affinity");
 }

@@ -8,7 +8,6 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::sync::Once;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -29,12 +28,10 @@ pub struct Lab {
     pub gw: Ns,
     pub up: Ns,
     pub nb: Ns,
-    _wire: Ns,
+    wire: Ns,
     /// A directory of this test's own, inside its private `/run`.
     pub dir: PathBuf,
 }
-
-static PRIVATE: Once = Once::new();
 
 /// Whether more than one user can be told apart here.
 pub fn many_uids() -> bool {
@@ -86,26 +83,16 @@ impl Lab {
     /// Builds it. One per test: each test is a thread or process of its own.
     pub fn new() -> Lab {
         go_private();
-        PRIVATE.call_once(|| {});
         let (gw, up, nb, wire) = (Ns::new("gw"), Ns::new("up"), Ns::new("nb"), Ns::new("wire"));
         wire.ip("link add br0 type bridge");
         wire.ip("link set br0 up");
-        for (ns, port) in [(&gw, "p-gw"), (&up, "p-up"), (&nb, "p-nb")] {
-            connect(&wire, port, ns, "wan0");
-            wire.ip(&format!("link set {port} master br0"));
-            // Addresses of the wire must work at once, without their detection time.
-            ns.sysctl("net/ipv6/conf/wan0/accept_dad", "0");
-            ns.ip("link set wan0 up");
-        }
         for (ns, v4, v6) in [(&gw, GW4, GW6), (&up, UP4, UP6), (&nb, NB4, NB6)] {
-            ns.ip(&format!("addr add {v4}/24 dev wan0"));
-            ns.ip(&format!("addr add {v6}/64 dev wan0 nodad"));
+            attach(&wire, ns, v4, v6);
         }
         up.ip(&format!("addr add {FAR4}/32 dev lo"));
         up.sysctl("net/ipv4/ip_forward", "1");
         for ns in [&gw, &nb] {
-            ns.ip(&format!("route add default via {UP4}"));
-            ns.ip(&format!("-6 route add default via {UP6}"));
+            lead_out(ns);
         }
         let dir = PathBuf::from("/run/lab");
         fs::create_dir_all(&dir).expect("/run/lab");
@@ -113,10 +100,39 @@ impl Lab {
             gw,
             up,
             nb,
-            _wire: wire,
+            wire,
             dir,
         }
     }
+
+    /// A client's machine on the wire, as 1.1.1.N and 2606:4700:4700::N; it
+    /// reaches the gateway and the internet, and is reached by nothing of the lab's own.
+    pub fn client(&self, name: &'static str, n: u8) -> Ns {
+        assert!((10..=99).contains(&n), "below 10 are the lab's own");
+        let ns = Ns::new(name);
+        attach(
+            &self.wire,
+            &ns,
+            &format!("1.1.1.{n}"),
+            &format!("2606:4700:4700::{n}"),
+        );
+        lead_out(&ns);
+        ns
+    }
+}
+
+/// Plugs a namespace into the wire with these addresses.
+fn attach(wire: &Ns, ns: &Ns, v4: &str, v6: &str) {
+    let port = format!("p-{}", ns.name);
+    connect(wire, &port, ns, "wan0");
+    wire.ip(&format!("link set {port} master br0"));
+    ns.ip(&format!("addr add {v4}/24 dev wan0"));
+    ns.ip(&format!("addr add {v6}/64 dev wan0 nodad"));
+}
+
+fn lead_out(ns: &Ns) {
+    ns.ip(&format!("route add default via {UP4}"));
+    ns.ip(&format!("-6 route add default via {UP6}"));
 }
 
 /// A cable between two namespaces, both ends up.
