@@ -13,7 +13,24 @@ pub(crate) fn url(text: &str) -> Option<Vec<u8>> {
 
 /// Encodes in the URL alphabet without padding.
 pub(crate) fn to_url(bytes: &[u8]) -> String {
-    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    encode(bytes, b'-', b'_')
+}
+
+/// Encodes in the standard alphabet with padding.
+pub(crate) fn to_standard(bytes: &[u8]) -> String {
+    let mut text = encode(bytes, b'+', b'/');
+    text.extend(std::iter::repeat_n('=', (4 - text.len() % 4) % 4));
+    text
+}
+
+fn encode(bytes: &[u8], sixty_two: u8, sixty_three: u8) -> String {
+    let letter = |value: u8| match value {
+        0..26 => b'A' + value,
+        26..52 => b'a' + value - 26,
+        52..62 => b'0' + value - 52,
+        62 => sixty_two,
+        _ => sixty_three,
+    };
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for chunk in bytes.chunks(3) {
         let mut bits = 0_u32;
@@ -21,8 +38,8 @@ pub(crate) fn to_url(bytes: &[u8]) -> String {
             bits = bits << 8 | u32::from(chunk.get(i).copied().unwrap_or(0));
         }
         for i in 0..=chunk.len() {
-            let index = (bits >> (18 - 6 * i)) & 63;
-            text.push(char::from(LETTERS[index as usize]));
+            let value = (bits >> (18 - 6 * i)) as u8 & 63;
+            text.push(char::from(letter(value)));
         }
     }
     text
@@ -59,7 +76,8 @@ mod tests {
     fn both_ways_and_nothing_else() {
         for len in 0..40_usize {
             let bytes: Vec<u8> = (0..len).map(|i| (i * 37 + 250) as u8).collect();
-            assert_eq!(url(&to_url(&bytes)), Some(bytes));
+            assert_eq!(url(&to_url(&bytes)).as_ref(), Some(&bytes));
+            assert_eq!(standard(&to_standard(&bytes)), Some(bytes));
         }
         assert_eq!(standard("dXNlcjpwYXNz").as_deref(), Some(&b"user:pass"[..]));
         assert_eq!(standard("YQ==").as_deref(), Some(&b"a"[..]));

@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::devices::Devices;
 use super::keys::KeyRing;
-use super::{Denied, at};
+use super::{Denied, at, base64};
 use crate::admit::TokenId;
 use crate::config::check::is_name;
 
@@ -21,6 +21,8 @@ pub const LEEWAY: u64 = 5;
 pub const DEVICE_TOKEN_LIFE: u64 = 3600;
 /// Keys that are tried for a token that names none, or a name that several sets use.
 const TRIES: usize = 8;
+/// Claims of some issuers are lists in objects; no more is needed.
+const MAX_DEPTH: usize = 16;
 /// Longest `sub` and `jti`.
 const CLAIM_LEN: usize = 128;
 
@@ -184,12 +186,13 @@ impl KeyRing {
 /// The header of a token that does not ask for anything strange.
 fn head(token: &str) -> Result<Header, Denied> {
     let mut parts = token.split('.');
-    let (Some(first), Some(_), Some(_), None) =
+    let (Some(first), Some(second), Some(_), None) =
         (parts.next(), parts.next(), parts.next(), parts.next())
     else {
         return Err(Denied::Malformed);
     };
-    if first.len() > 1024 {
+    let shallow = |part| base64::url(part).is_some_and(|json| depth(&json) <= MAX_DEPTH);
+    if first.len() > 1024 || !shallow(first) || !shallow(second) {
         return Err(Denied::Malformed);
     }
     let header = decode_header(token).map_err(|_| Denied::Malformed)?;
@@ -207,6 +210,26 @@ fn head(token: &str) -> Result<Header, Denied> {
         true => Err(Denied::UnknownKey),
         false => Ok(header),
     }
+}
+
+/// How deep brackets are nested, those in texts left out.
+fn depth(json: &[u8]) -> usize {
+    let (mut now, mut most, mut text, mut escaped) = (0_usize, 0, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if text => escaped = true,
+            b'"' => text = !text,
+            _ if text => {}
+            b'[' | b'{' => {
+                now += 1;
+                most = most.max(now);
+            }
+            b']' | b'}' => now = now.saturating_sub(1),
+            _ => {}
+        }
+    }
+    most
 }
 
 fn by_key(token: &str, key: &Verifier, now: u64) -> Result<Accepted, Denied> {
@@ -334,4 +357,26 @@ fn token_id(token: &str, key: &str, jti: Option<&str>) -> TokenId {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    #[test]
+    fn brackets_count_outside_of_texts_only() {
+        assert_eq!(depth(br#"{"a":[1,{"b":2}],"c":[]}"#), 3);
+        assert_eq!(depth(br#"{"a":"[[[\"[[["}"#), 1);
+        assert_eq!(depth(b"]]]]["), 1);
+    }
+
+    #[test]
+    fn a_jti_names_a_token_of_one_key_only() {
+        let same = token_id("x", "key", Some("1"));
+        assert_eq!(same, token_id("y", "key", Some("1")));
+        assert_ne!(same, token_id("x", "other", Some("1")));
+        assert_ne!(token_id("x", "key", None), token_id("y", "key", None));
+        // Lengths count, so that no two lists of parts look the same.
+        assert_ne!(
+            token_id("x", "ab", Some("c")),
+            token_id("x", "a", Some("bc"))
+        );
+    }
+}
