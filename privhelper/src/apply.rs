@@ -116,21 +116,8 @@ pub(crate) fn create(
     config: &Config,
     slots: Range<Slot>,
 ) -> io::Result<Vec<(Slot, u32)>> {
-    create_tagged(
-        k,
-        config,
-        &slots
-            .map(|s| {
-                (
-                    s,
-                    Tag {
-                        generation: 0,
-                        lease: None,
-                    },
-                )
-            })
-            .collect::<Vec<_>>(),
-    )
+    let slots: Vec<_> = slots.map(|s| (s, Tag::NEW)).collect();
+    create_tagged(k, config, &slots)
 }
 
 pub(crate) fn create_tagged(

@@ -4,6 +4,19 @@
 //! its only privilege. See ARCHITECTURE.md for its place, `config` for what the
 //! administrator decides, `pool` for what happens to a slot.
 
+/// One line to the log, with its priority where the journal reads it. That nobody
+/// reads it, or that it is full, is no reason to stop.
+macro_rules! say {
+    ($priority:expr, $($text:tt)*) => {{
+        use std::io::Write as _;
+        let line = match std::env::var_os("JOURNAL_STREAM") {
+            Some(_) => format!("<{}>{}\n", $priority, format_args!($($text)*)),
+            None => format!("rvpn-privhelper: {}\n", format_args!($($text)*)),
+        };
+        let _ = std::io::stderr().write_all(line.as_bytes());
+    }};
+}
+
 mod apply;
 mod check;
 mod cleaner;
@@ -77,19 +90,10 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// One line to the log, with its priority where the journal reads it.
-pub(crate) fn say(priority: u8, text: &str) {
-    if std::env::var_os("JOURNAL_STREAM").is_some() {
-        eprintln!("<{priority}>{text}");
-    } else {
-        eprintln!("rvpn-privhelper: {text}");
-    }
-}
-
 fn main() -> ExitCode {
     // Half alive is worse than dead: whoever supervises starts a whole one.
     std::panic::set_hook(Box::new(|info| {
-        say(2, &format!("internal error: {info}"));
+        say!(2, "internal error: {info}");
         std::process::exit(70);
     }));
     let (code, text) = match run() {
@@ -99,7 +103,7 @@ fn main() -> ExitCode {
         Err(Failure::Unavailable(t)) => (69, t),
         Err(Failure::Internal(t)) => (70, t),
     };
-    say(3, &text);
+    say!(3, "{text}");
     ExitCode::from(code)
 }
 
@@ -203,7 +207,7 @@ fn insist(k: &mut Kernel, config: &Config) -> Result<(), Failure> {
     for finding in check::host(k, config)? {
         match finding {
             Finding::Wrong(t) => wrong.push(t),
-            Finding::Warning(t) => say(4, &format!("warning: {t}")),
+            Finding::Warning(t) => say!(4, "warning: {t}"),
             Finding::Good(_) => {}
         }
     }

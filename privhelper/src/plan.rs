@@ -92,6 +92,12 @@ pub(crate) struct LeaseTag {
 const ALIAS_PREFIX: &str = "rvpn1";
 
 impl Tag {
+    /// Of a slot nobody ever had.
+    pub(crate) const NEW: Tag = Tag {
+        generation: 0,
+        lease: None,
+    };
+
     /// `rvpn1 GENERATION` or `rvpn1 GENERATION KIND CLASS KEY`.
     pub(crate) fn to_alias(self) -> String {
         use std::fmt::Write as _;

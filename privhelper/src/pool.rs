@@ -324,9 +324,9 @@ impl Pool {
     }
 
     /// What the slots to be cleaned after a restart had been leased as.
-    pub(crate) fn cleaning(&self) -> impl Iterator<Item = (Slot, u32, Option<LeaseTag>)> + '_ {
+    pub(crate) fn cleaning(&self) -> impl Iterator<Item = (Slot, Option<LeaseTag>)> + '_ {
         (0..).zip(&self.slots).filter_map(|(s, e)| match e.state {
-            State::Cleaning { lease } => Some((s, e.index, lease)),
+            State::Cleaning { lease } => Some((s, lease)),
             _ => None,
         })
     }
@@ -369,11 +369,6 @@ pub(crate) const LET_GO: Duration = Duration::from_millis(200);
 mod tests {
     use super::*;
 
-    const EMPTY: Tag = Tag {
-        generation: 0,
-        lease: None,
-    };
-
     fn key(n: u8) -> Key {
         Key([n; 16])
     }
@@ -385,7 +380,7 @@ mod tests {
     fn pool(n: u32) -> Pool {
         let mut p = Pool::default();
         for i in 0..n {
-            p.add(i + 10, EMPTY, true, Instant::now());
+            p.add(i + 10, Tag::NEW, true, Instant::now());
         }
         p
     }

@@ -17,13 +17,13 @@ use rvpn_ipc::{Reply, Status};
 use crate::apply::{self, Survey};
 use crate::cleaner::{Cleaner, Done, Job};
 use crate::config::Config;
+use crate::confine;
 use crate::kernel::netlink::Socket;
 use crate::kernel::ruleset::Element;
 use crate::kernel::{Kernel, host, tun};
 use crate::notify::Notify;
 use crate::plan::{LeaseTag, Tag};
 use crate::pool::Pool;
-use crate::{confine, say};
 
 /// The table is compared this often, whatever the notifications say.
 const VERIFY: Duration = Duration::from_secs(4);
@@ -79,9 +79,9 @@ pub(crate) fn run(config: Config, listener: OwnedFd, notify: Notify) -> io::Resu
     let tables = Socket::open(libc::NETLINK_NETFILTER, events::TABLE_GROUPS)?;
     let uplinks = host::uplinks(&mut kernel, &config)?;
     if uplinks.is_empty() {
-        say(
+        say!(
             4,
-            "no uplink: there is no default route; clients reach nothing until there is one",
+            "no uplink: there is no default route; clients reach nothing until there is one"
         );
     }
     let (pool, rules) = adopt(&mut kernel, &config, &uplinks)?;
@@ -92,9 +92,9 @@ pub(crate) fn run(config: Config, listener: OwnedFd, notify: Notify) -> io::Resu
         (&config.state, confine::landlock::KEEP),
     ])?;
     if !landlocked {
-        say(
+        say!(
             4,
-            "this kernel has no Landlock: files are guarded by ownership alone",
+            "this kernel has no Landlock: files are guarded by ownership alone"
         );
     }
     let cleaner = Cleaner::start(Arc::clone(&config))?;
@@ -124,16 +124,14 @@ pub(crate) fn run(config: Config, listener: OwnedFd, notify: Notify) -> io::Resu
     server.clean_doubtful()?;
     server.start_watching();
     let c = server.pool.counts();
-    say(
+    say!(
         5,
-        &format!(
-            "serving {} slots on {}: {} free, {} with a lease from before, {} being cleaned",
-            server.pool.len(),
-            server.config.socket.display(),
-            c.free,
-            c.lingering,
-            c.cleaning
-        ),
+        "serving {} slots on {}: {} free, {} with a lease from before, {} being cleaned",
+        server.pool.len(),
+        server.config.socket.display(),
+        c.free,
+        c.lingering,
+        c.cleaning
     );
     server.notify.say("READY=1\nSTATUS=serving");
     server.serve()
@@ -155,22 +153,8 @@ pub(crate) fn adopt(k: &mut Kernel, config: &Config, uplinks: &[u32]) -> io::Res
         match found.next_if(|d| d.slot == slot) {
             Some(d) => drop(pool.add(d.index, d.tag, d.sound, until)),
             None => {
-                missing.push((
-                    slot,
-                    Tag {
-                        generation: 0,
-                        lease: None,
-                    },
-                ));
-                pool.add(
-                    0,
-                    Tag {
-                        generation: 0,
-                        lease: None,
-                    },
-                    true,
-                    until,
-                );
+                missing.push((slot, Tag::NEW));
+                pool.add(0, Tag::NEW, true, until);
             }
         }
     }
@@ -189,26 +173,22 @@ impl Server {
     /// Hands every slot whose device or lease is in doubt to the cleaner.
     fn clean_doubtful(&mut self) -> io::Result<()> {
         let doubtful: Vec<_> = self.pool.cleaning().collect();
-        for (slot, index, lease) in doubtful {
-            let generation = self.pool.tag(slot).generation;
-            self.cleaner.submit(Job::Clean {
-                slot,
-                index,
-                generation,
-                lease,
-            })?;
+        doubtful
+            .into_iter()
+            .try_for_each(|(slot, lease)| self.clean(slot, lease))
+    }
+
+    fn job(&self, slot: u32, lease: Option<LeaseTag>) -> Job {
+        Job::Clean {
+            slot,
+            index: self.pool.index(slot),
+            generation: self.pool.tag(slot).generation,
+            lease,
         }
-        Ok(())
     }
 
     fn clean(&mut self, slot: u32, lease: Option<LeaseTag>) -> io::Result<()> {
-        let (index, generation) = (self.pool.index(slot), self.pool.tag(slot).generation);
-        self.cleaner.submit(Job::Clean {
-            slot,
-            index,
-            generation,
-            lease,
-        })
+        self.cleaner.submit(self.job(slot, lease))
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -317,20 +297,13 @@ impl Server {
                 Done::Grown { made, error } => {
                     self.growing = false;
                     for (_, index) in made {
-                        self.pool.add(
-                            index,
-                            Tag {
-                                generation: 0,
-                                lease: None,
-                            },
-                            true,
-                            Instant::now(),
-                        );
+                        self.pool.add(index, Tag::NEW, true, Instant::now());
                     }
                     if let Some(e) = error {
-                        say(
+                        say!(
                             3,
-                            &format!("the pool cannot grow beyond {} slots: {e}", self.pool.len()),
+                            "the pool cannot grow beyond {} slots: {e}",
+                            self.pool.len()
                         );
                         // Try again when time has passed, not at every turn.
                         self.growing = true;
@@ -340,19 +313,9 @@ impl Server {
                     }
                 }
                 Done::NotCleaned { slot, error } => {
-                    say(
-                        3,
-                        &format!("slot {slot} stays out of use, trying again: {error}"),
-                    );
-                    let (index, generation) =
-                        (self.pool.index(slot), self.pool.tag(slot).generation);
-                    let lease = self.pool.cleaning().find(|c| c.0 == slot).and_then(|c| c.2);
-                    let job = Job::Clean {
-                        slot,
-                        index,
-                        generation,
-                        lease,
-                    };
+                    say!(3, "slot {slot} stays out of use, trying again: {error}");
+                    let lease = self.pool.cleaning().find(|c| c.0 == slot).and_then(|c| c.1);
+                    let job = self.job(slot, lease);
                     self.retries.push((Instant::now() + RETRY, job));
                 }
             }
@@ -364,7 +327,7 @@ impl Server {
     fn stop(&mut self) -> io::Result<()> {
         self.notify.say("STOPPING=1");
         self.peers.tell_all(&Reply::notice(Status::Closing, 0, 0));
-        say(5, "stopped; devices and leases stay for the next start");
+        say!(5, "stopped; devices and leases stay for the next start");
         Ok(())
     }
 }

@@ -15,7 +15,6 @@ use crate::kernel::netlink::{attr_of, messages, text_of, u32_at};
 use crate::kernel::nft;
 use crate::kernel::{host, link, ruleset};
 use crate::plan;
-use crate::say;
 
 /// Links, addresses of both families, routes of both families.
 pub(super) const LINK_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
@@ -116,10 +115,7 @@ impl Server {
     /// What cannot be settled now is looked at again, all of it.
     pub(super) fn settle_doubts(&mut self) {
         if let Err(e) = self.try_settle() {
-            say(
-                3,
-                &format!("the kernel could not be asked, trying again: {e}"),
-            );
+            say!(3, "the kernel could not be asked, trying again: {e}");
             self.doubts.everything = true;
             self.doubts.uplinks = Some(Instant::now() + SETTLE);
         }
@@ -208,9 +204,9 @@ impl Server {
 
     /// Nothing is forwarded until the table is back.
     fn restore_rules(&mut self) {
-        say(
+        say!(
             3,
-            "the table inet rvpn was changed or removed by somebody else: closing the way out and restoring it",
+            "the table inet rvpn was changed or removed by somebody else: closing the way out and restoring it"
         );
         self.peers.tell_all(&Reply::notice(Status::RulesLost, 0, 0));
         let live: Vec<_> = self
@@ -222,15 +218,12 @@ impl Server {
             Ok(rules) => {
                 self.rules = rules;
                 self.doubts.retry = None;
-                say(5, "the table inet rvpn is back");
+                say!(5, "the table inet rvpn is back");
                 self.peers
                     .tell_all(&Reply::notice(Status::RulesRestored, 0, 0));
             }
             Err(e) => {
-                say(
-                    3,
-                    &format!("the table could not be restored, trying again: {e}"),
-                );
+                say!(3, "the table could not be restored, trying again: {e}");
                 self.doubts.retry = Some(Instant::now() + RETRY);
             }
         }
@@ -245,17 +238,15 @@ impl Server {
             .and_then(|()| apply::open_uplinks(&mut self.kernel, &self.config, &uplinks));
         match opened {
             Ok(()) => {
-                say(
+                say!(
                     5,
-                    &format!("client traffic now leaves by {} uplink(s)", uplinks.len()),
+                    "client traffic now leaves by {} uplink(s)",
+                    uplinks.len()
                 );
                 self.uplinks = uplinks;
             }
             Err(e) => {
-                say(
-                    3,
-                    &format!("the uplinks could not be followed, trying again: {e}"),
-                );
+                say!(3, "the uplinks could not be followed, trying again: {e}");
                 self.doubts.uplinks = Some(Instant::now() + RETRY);
             }
         }

@@ -13,7 +13,6 @@ use crate::kernel::ruleset;
 use crate::kernel::{link, tun};
 use crate::plan::{self, LeaseTag, Tag};
 use crate::pool::{Acquired, Holder, LET_GO, lease};
-use crate::say;
 
 /// Requests read from one peer before the others have their turn.
 const TURN: usize = 16;
@@ -268,10 +267,7 @@ impl Server {
                     return Ok(Outcome::Wait);
                 }
                 Err(e) => {
-                    say(
-                        3,
-                        &format!("{} cannot be leased: {e}", plan::device_name(slot)),
-                    );
+                    say!(3, "{} cannot be leased: {e}", plan::device_name(slot));
                     self.lose(slot)?;
                 }
             }

@@ -10,7 +10,6 @@ use rvpn_ipc::frame::{REPLY_LEN, REQUEST_LEN};
 use rvpn_ipc::{EXCHANGE_TIMEOUT, Reply, Request, seqpacket};
 
 use crate::pool::Holder;
-use crate::say;
 
 /// The gateway, its successor, and a moment's overlap.
 const MOST: usize = 4;
@@ -135,7 +134,7 @@ impl Peers {
         } else {
             String::new()
         };
-        say(4, &format!("closed a connection: {why}{more}"));
+        say!(4, "closed a connection: {why}{more}");
         self.complained = Some(now);
     }
 
