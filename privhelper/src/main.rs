@@ -119,7 +119,9 @@ fn arguments() -> Result<Option<Arguments>, Failure> {
         config: DEFAULT_CONFIG.into(),
         json: false,
     };
-    let mut args = std::env::args().skip(1);
+    // What is no text is understood by nobody further down.
+    let text = |a: std::ffi::OsString| a.to_string_lossy().into_owned();
+    let mut args = std::env::args_os().skip(1).map(text);
     while let Some(a) = args.next() {
         match a.as_str() {
             "--help" | "-h" => {

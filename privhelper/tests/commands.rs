@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
@@ -101,6 +102,12 @@ fn help_version_and_usage() {
         assert_eq!((code, out.as_str()), (Some(1), ""), "{wrong:?}");
         assert!(err.contains("usage: rvpn-privhelper"), "{wrong:?}: {err}");
     }
+    let binary = std::ffi::OsStr::from_bytes(b"\xff\xfe");
+    let out = Command::new(bin("rvpn-privhelper"))
+        .arg(binary)
+        .output()
+        .unwrap();
+    assert_eq!(out.status.code(), Some(1), "{out:?}");
     let (code, _, err) = run(&["check", "--config", "/nonexistent/privhelper.conf"]);
     assert_eq!(code, Some(78));
     assert!(
