@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
-use tracing::warn;
+use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
 use super::{Failure, load};
@@ -197,11 +197,13 @@ fn lock_in(path: &Path, config: &Config) -> Result<(), Failure> {
         user: config.user,
         ..rvpn_sandbox::Policy::default()
     };
-    rvpn_sandbox::enter(&policy).map_err(|error| {
+    let report = rvpn_sandbox::enter(&policy).map_err(|error| {
         Failure::Unavailable(anyhow!(
             "{error}; the gateway does not run without its sandbox (sandbox = \"off\" is for tests only)"
         ))
-    })
+    })?;
+    info!(?report, "locked in");
+    Ok(())
 }
 
 /// The directories of a file, by its name and where that leads: whoever renews

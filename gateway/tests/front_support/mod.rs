@@ -118,7 +118,11 @@ fn configuration(dir: &Path, setup: &Setup) -> Result<Config, rvpn_gateway::conf
     let mut text = String::new();
     let (listener, more) = (setup.listener, &setup.more);
     // A test's own tables follow; keys of the top level come first.
-    let top = more.split_once("[").map_or(more.as_str(), |(top, _)| top);
+    let split = match more.starts_with('[') {
+        true => 0,
+        false => more.find("\n[").map_or(more.len(), |at| at + 1),
+    };
+    let top = &more[..split];
     let tables = &more[top.len()..];
     writeln!(text, "names = [\"{NAME}\"]\nstate-dir = {dir:?}\n{top}").unwrap();
     writeln!(text, "helper.user = 65534").unwrap();
