@@ -384,6 +384,21 @@ impl Tunnel {
         panic!("{}: the expected packet did not come", self.name());
     }
 
+    /// The sequence number of the SYN and ACK from this port, past whatever else comes.
+    #[track_caller]
+    pub fn syn_answered(&self, port: u16) -> u32 {
+        let end = Instant::now() + crate::PATIENCE;
+        while let Some(p) = self.recv(end.saturating_duration_since(Instant::now())) {
+            match crate::packet::tcp_header(&p) {
+                Some(t) if t[..2] == port.to_be_bytes() && t[13] & 0x12 == 0x12 => {
+                    return u32::from_be_bytes([t[4], t[5], t[6], t[7]]);
+                }
+                _ => {}
+            }
+        }
+        panic!("{}: no answer to a SYN to port {port}", self.name());
+    }
+
     /// Everything that waits to be read.
     pub fn drain(&self) -> Vec<Vec<u8>> {
         std::iter::from_fn(|| self.recv(Duration::ZERO)).collect()

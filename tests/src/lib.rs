@@ -13,6 +13,7 @@ pub mod packet;
 pub mod probe;
 pub mod raw;
 pub mod read_back;
+pub mod stage;
 pub mod topology;
 
 use std::time::{Duration, Instant};

@@ -63,6 +63,15 @@ pub fn tcp(
     )
 }
 
+/// The TCP header and what follows it, of a packet of either family without options.
+pub fn tcp_header(p: &[u8]) -> Option<&[u8]> {
+    let (protocol, at) = match p.first()? >> 4 {
+        4 => (p.get(9)?, 20),
+        _ => (p.get(6)?, 40),
+    };
+    p.get(at..).filter(|t| *protocol == 6 && t.len() >= 20)
+}
+
 /// An echo request.
 pub fn echo(src: &str, dst: &str, id: u16, seq: u16, payload: &[u8]) -> Vec<u8> {
     build(

@@ -65,9 +65,11 @@ pub fn elements(ns: &Ns, name: &str) -> usize {
     panic!("no set {name}");
 }
 
-/// `conntrack -L` lines that hold the text.
+/// Tracked flows of both families whose line holds the text.
 pub fn flows(ns: &Ns, text: &str) -> Vec<String> {
-    let out = ns.sh("conntrack", &["-L", "-o", "extended"]);
+    // Without a family the tool lists IPv4 alone.
+    let mut out = ns.sh("conntrack", &["-L", "-f", "ipv4", "-o", "extended"]);
+    out += &ns.sh("conntrack", &["-L", "-f", "ipv6", "-o", "extended"]);
     out.lines()
         .filter(|l| l.contains(text))
         .map(str::to_owned)

@@ -13,6 +13,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
+use crate::helper::Tunnel;
 use crate::ns::Ns;
 
 pub const GW4: &str = "1.1.1.2";
@@ -22,6 +23,50 @@ pub const FAR4: &str = "8.8.8.8";
 pub const GW6: &str = "2606:4700:4700::2";
 pub const UP6: &str = "2606:4700:4700::1111";
 pub const NB6: &str = "2606:4700:4700::3";
+
+/// The same places by family, for what must hold in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Family {
+    pub gw: &'static str,
+    pub up: &'static str,
+    pub nb: &'static str,
+    /// Every address of a host.
+    pub any: &'static str,
+}
+
+pub const FAMILIES: [Family; 2] = [
+    Family {
+        gw: GW4,
+        up: UP4,
+        nb: NB4,
+        any: "0.0.0.0",
+    },
+    Family {
+        gw: GW6,
+        up: UP6,
+        nb: NB6,
+        any: "::",
+    },
+];
+
+impl Family {
+    pub fn is_v4(self) -> bool {
+        self.gw == GW4
+    }
+
+    /// The first address a client has in this family.
+    pub fn source(self, of: &Tunnel) -> String {
+        if self.is_v4() { of.v4(2) } else { of.v6(1) }
+    }
+}
+
+/// Address and port as one text.
+pub fn at(address: &str, port: u16) -> String {
+    match address.parse::<std::net::IpAddr>() {
+        Ok(a) => std::net::SocketAddr::new(a, port).to_string(),
+        Err(e) => panic!("{address}: {e}"),
+    }
+}
 
 /// The laboratory of one test.
 pub struct Lab {

@@ -3,106 +3,12 @@
 
 use std::time::Duration;
 
-use rvpn_ipc::Client;
 use rvpn_lab::capture::{Capture, contains, drain_udp};
-use rvpn_lab::probe::{Canary, Observers};
+use rvpn_lab::probe::Canary;
 use rvpn_lab::read_back::counter;
+use rvpn_lab::stage::{Stage, probe, three_kinds};
 use rvpn_lab::topology::{FAR4, GW4, GW6, NB4, NB6, UP4, UP6};
-use rvpn_lab::{Helper, Lab, Tunnel, packet, wait_until};
-
-/// A lab with two clients, and everything that could see a stray packet.
-struct Stage {
-    lab: Lab,
-    helper: Helper,
-    gateway: Client,
-    a: Tunnel,
-    b: Tunnel,
-    watch: Observers,
-}
-
-impl Stage {
-    fn new() -> Stage {
-        Stage::with("")
-    }
-
-    fn with(config: &str) -> Stage {
-        let lab = Lab::new();
-        let helper = Helper::serving(&lab, config);
-        let mut gateway = helper.connect();
-        let a = Tunnel::acquire(&mut gateway, 1);
-        let b = Tunnel::acquire(&mut gateway, 2);
-        let watch = Observers::new(&lab);
-        Stage {
-            lab,
-            helper,
-            gateway,
-            a,
-            b,
-            watch,
-        }
-    }
-
-    /// Sends probes from A. None may be seen anywhere, and these counters together move by their number.
-    #[track_caller]
-    fn all_dropped(&mut self, probes: &[(Canary, Vec<u8>)], reasons: &[&str]) {
-        let count = |lab: &Lab| reasons.iter().map(|r| counter(&lab.gw, r)).sum::<u64>();
-        let before = count(&self.lab);
-        for (_, p) in probes {
-            self.a.send(p);
-        }
-        self.watch.fence(&self.a);
-        self.nothing_seen(probes);
-        assert_eq!(
-            count(&self.lab) - before,
-            probes.len() as u64,
-            "counted as {reasons:?}"
-        );
-    }
-
-    /// The same for packets the kernel itself refuses before it asks any rule.
-    #[track_caller]
-    fn all_gone(&mut self, probes: &[(Canary, Vec<u8>)]) {
-        for (_, p) in probes {
-            self.a.send(p);
-        }
-        self.watch.fence(&self.a);
-        self.nothing_seen(probes);
-    }
-
-    #[track_caller]
-    fn nothing_seen(&mut self, probes: &[(Canary, Vec<u8>)]) {
-        let (at_a, at_b) = (self.a.drain(), self.b.drain());
-        for (i, (canary, _)) in probes.iter().enumerate() {
-            assert_eq!(self.watch.seen(*canary), 0, "probe {i} left the gateway");
-            for (name, got) in [("A", &at_a), ("B", &at_b)] {
-                assert!(
-                    !got.iter().any(|p| contains(p, &canary.0)),
-                    "probe {i} reached {name}"
-                );
-            }
-        }
-        assert_eq!(at_b.len(), 0, "B received something");
-        assert_eq!(
-            self.watch.private_frames(),
-            0,
-            "a private source on the wire"
-        );
-    }
-}
-
-fn probe(f: impl FnOnce(&[u8]) -> Vec<u8>) -> (Canary, Vec<u8>) {
-    let c = Canary::new();
-    (c, f(&c.0))
-}
-
-/// One datagram, one segment, one echo from this source to an address that may be reached.
-fn three_kinds(src: &str, dst: &str) -> Vec<(Canary, Vec<u8>)> {
-    vec![
-        probe(|c| packet::udp(src, 4000, dst, 4001, c)),
-        probe(|c| packet::tcp((src, 4000), (dst, 4001), "S", 1, 0, c)),
-        probe(|c| packet::echo(src, dst, 1, 1, c)),
-    ]
-}
+use rvpn_lab::{Tunnel, packet, wait_until};
 
 #[test]
 fn spf_01_the_source_of_another_client() {
