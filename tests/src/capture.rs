@@ -29,7 +29,10 @@ impl Capture {
                 SockProtocol::EthAll,
             )
             .expect("packet socket");
-            setsockopt(&fd, sockopt::RcvBufForce, &(64 << 20)).expect("buffer");
+            // Root of a user namespace alone may not go beyond the machine's limit.
+            setsockopt(&fd, sockopt::RcvBufForce, &(64 << 20))
+                .or_else(|_| setsockopt(&fd, sockopt::RcvBuf, &(64 << 20)))
+                .expect("buffer");
             fd
         });
         Capture {
