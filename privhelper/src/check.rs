@@ -71,10 +71,18 @@ pub(crate) fn host(k: &mut Kernel, config: &Config) -> io::Result<Vec<Finding>> 
     }
     judge(wrong, "translation ports used by nobody else");
 
-    let names: Vec<String> = link::dump(&mut k.route)?
-        .into_iter()
-        .map(|l| l.name)
+    let links = link::dump(&mut k.route)?;
+    let uplinks = host::uplinks(k, config)?;
+    let stuck: Vec<String> = links
+        .iter()
+        .filter(|l| uplinks.contains(&l.index))
+        .map(|l| format!("net/ipv4/conf/{}/forwarding", l.name))
+        .filter(|s| sysctl::stuck(s))
+        .map(|s| format!("{s} cannot be switched on: mount /proc/sys writable"))
         .collect();
+    judge(stuck, "forwarding on, or ours to switch on");
+
+    let names: Vec<String> = links.into_iter().map(|l| l.name).collect();
     let localnet: Vec<String> = names
         .iter()
         .map(String::as_str)
@@ -93,7 +101,7 @@ pub(crate) fn host(k: &mut Kernel, config: &Config) -> io::Result<Vec<Finding>> 
                 .collect(),
             "uplinks present",
         );
-    } else if host::uplinks(k, config)?.is_empty() {
+    } else if uplinks.is_empty() {
         all.push(Finding::Warning(
             "there is no default route: clients reach nothing until there is one".to_owned(),
         ));

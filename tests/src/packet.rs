@@ -190,3 +190,27 @@ pub fn fragments(p: &[u8], size: usize) -> Vec<Vec<u8>> {
         })
         .collect()
 }
+
+/// The same for IPv6, by a fragment header after the first. With one piece only
+/// it is an atomic fragment: the header alone, which says that there is no more.
+pub fn fragments6(p: &[u8], size: usize, id: u32) -> Vec<Vec<u8>> {
+    let (header, payload) = p.split_at(40);
+    let count = payload.len().div_ceil(size);
+    payload
+        .chunks(size)
+        .enumerate()
+        .map(|(i, part)| {
+            let mut f = header.to_vec();
+            f[6] = 44;
+            let len = u16::try_from(8 + part.len()).expect("length");
+            f[4..6].copy_from_slice(&len.to_be_bytes());
+            let more = u16::from(i + 1 < count);
+            let field = u16::try_from(i * size).expect("offset") | more;
+            f.extend([header[6], 0]);
+            f.extend(field.to_be_bytes());
+            f.extend(id.to_be_bytes());
+            f.extend(part);
+            f
+        })
+        .collect()
+}

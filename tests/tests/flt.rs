@@ -523,3 +523,23 @@ fn flt_21_no_tun_device() {
         "{text}"
     );
 }
+
+#[test]
+fn flt_21_forwarding_that_cannot_be_switched_on() {
+    use nix::mount::{MsFlags, mount};
+    let lab = Lab::new();
+    let helper = Helper::prepared(&lab, "");
+    let none = None::<&str>;
+    let sys = Some("/proc/sys");
+    mount(sys, "/proc/sys", none, MsFlags::MS_BIND, none).expect("bind");
+    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(sys, "/proc/sys", none, read_only, none).expect("read-only");
+    for verb in ["serve", "provision"] {
+        let (code, text) = helper.run(&lab.gw, verb);
+        assert_eq!(code, 78, "{verb}: {text}");
+        let told = "net/ipv4/conf/wan0/forwarding cannot be switched on: mount /proc/sys writable";
+        assert!(text.contains(told), "{verb}: {text}");
+        assert_eq!(devices(&lab.gw), [""; 0], "{verb}: devices were left");
+        assert_eq!(lab.gw.sh("nft", &["list", "ruleset"]), "", "{verb}");
+    }
+}

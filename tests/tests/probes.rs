@@ -278,7 +278,9 @@ fn play(lab: &Lab, a: &Tunnel, b: &Tunnel, probes: &[Probe<'_>]) -> Vec<bool> {
             .filter(|p| !error(p))
             .collect();
         let (in_host, in_internet) = (drain_udp(&here), drain_udp(&there));
-        verdicts.push(held(&at_clients) || held(&in_host) || held(&in_internet));
+        // The neighbour's own probe is on the wire whatever becomes of it.
+        let on_wire = matches!(from, From::A) && watch.seen(canary) > 0;
+        verdicts.push(held(&at_clients) || held(&in_host) || held(&in_internet) || on_wire);
     }
     verdicts
 }

@@ -21,6 +21,13 @@ pub(crate) fn write(name: &str, value: &str) -> io::Result<()> {
     fs::write(path(name), value).map_err(|e| named(name, &e))
 }
 
+/// Whether the setting is off and nobody at all can change it from here.
+pub(crate) fn stuck(name: &str) -> bool {
+    let off = read(name).is_ok_and(|v| v.as_deref() == Some("0"));
+    let opened = fs::OpenOptions::new().write(true).open(path(name));
+    off && opened.is_err_and(|e| e.kind() == io::ErrorKind::ReadOnlyFilesystem)
+}
+
 fn named(name: &str, e: &io::Error) -> io::Error {
     io::Error::new(e.kind(), format!("/proc/sys/{name}: {e}"))
 }
