@@ -1,8 +1,4 @@
 //! Tokens through the real listener, over real TLS: AUT-01 to AUT-10, AUT-15.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot go on says where by panicking"
-)]
 
 mod front_support;
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::body::Bytes;
-use axum::extract::rejection::QueryRejection;
+use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::response::IntoResponse;
 use hyper::StatusCode;
@@ -20,6 +20,7 @@ use crate::store::{DeviceKey, Invite, Revocation, Scope, UsageQuery};
 
 type Answer<T> = Result<Json<T>, Problem>;
 type Asked<T> = Result<Query<T>, QueryRejection>;
+type Sent = Result<Bytes, BytesRejection>;
 
 /// Longest list of the ledger.
 const MOST_ROWS: u32 = 10_000;
@@ -205,12 +206,13 @@ pub(super) struct Invited {
     invite: Invite,
 }
 
-fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Problem> {
-    serde_json::from_slice(bytes).map_err(|e| Problem::bad(e.to_string()))
+fn body<T: DeserializeOwned>(sent: Sent) -> Result<T, Problem> {
+    let bytes = sent.map_err(|e| Problem::new(e.status(), e.body_text()))?;
+    serde_json::from_slice(&bytes).map_err(|e| Problem::bad(e.to_string()))
 }
 
-pub(super) async fn invite(State(desk): State<Arc<Desk>>, bytes: Bytes) -> Answer<Invited> {
-    let ask: InviteAsk = body(&bytes)?;
+pub(super) async fn invite(State(desk): State<Arc<Desk>>, sent: Sent) -> Answer<Invited> {
+    let ask: InviteAsk = body(sent)?;
     if !is_name(&ask.account) || ask.account.starts_with("legacy:") {
         return Err(Problem::bad(
             "account: up to 128 letters, digits and any of . _ : @ -, and not of a legacy block",
@@ -318,8 +320,8 @@ pub(super) struct Revoked {
     ended: usize,
 }
 
-pub(super) async fn revoke(State(desk): State<Arc<Desk>>, bytes: Bytes) -> Answer<Revoked> {
-    let ask: RevokeAsk = body(&bytes)?;
+pub(super) async fn revoke(State(desk): State<Arc<Desk>>, sent: Sent) -> Answer<Revoked> {
+    let ask: RevokeAsk = body(sent)?;
     if !token::is_plain(&ask.value) {
         return Err(Problem::bad(
             "value is not a jti or subject that a token can have",

@@ -168,6 +168,8 @@ fn lock_in(path: &Path, config: &Config) -> Result<(), Failure> {
         return Ok(());
     }
     let mut read = rvpn_sandbox::system_files();
+    // A reload looks up the users that the configuration names.
+    read.extend(["/etc/passwd", "/etc/group"].map(PathBuf::from));
     read.extend(beside(path));
     if let Some(files) = &config.certificate {
         read.extend(beside(&files.chain));

@@ -3,7 +3,7 @@
 use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -191,7 +191,7 @@ async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, F
 
 /// Closes the accounts of a dead process that had our number, which is the rule
 /// in a container: its file is in the way of ours.
-fn adopt_own(dir: &std::path::Path, store: &Store) -> anyhow::Result<()> {
+fn adopt_own(dir: &Path, store: &Store) -> anyhow::Result<()> {
     let (orphans, _) = Orphan::find(dir).context("cannot look for meter files")?;
     for orphan in orphans {
         let rows = orphan.usage(now_ms());
@@ -281,7 +281,7 @@ async fn wait_for_the_end(reload: impl Fn()) -> anyhow::Result<()> {
 
 /// Takes over a changed configuration, all of it or nothing. Who is connected
 /// stays so.
-fn reload(path: &PathBuf, front: &Front) {
+fn reload(path: &Path, front: &Front) {
     match try_reload(path, front) {
         Ok(kept) => {
             for what in kept {
@@ -297,7 +297,7 @@ fn reload(path: &PathBuf, front: &Front) {
 }
 
 /// Puts the file's configuration in force, or changes nothing.
-fn try_reload(path: &PathBuf, front: &Front) -> anyhow::Result<Vec<&'static str>> {
+fn try_reload(path: &Path, front: &Front) -> anyhow::Result<Vec<&'static str>> {
     let mut config = Config::load(path, |name| std::env::var(name).ok())?;
     let kept = config.keep_fixed(&front.config());
     let certificate = Tls::prepare(&config)?;

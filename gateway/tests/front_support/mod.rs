@@ -45,20 +45,12 @@ pub(crate) struct Lab {
 }
 
 /// What differs from one lab to another.
+#[derive(Default)]
 pub(crate) struct Setup {
     /// Of the listener.
     pub(crate) listener: &'static str,
     /// The rest of the configuration.
     pub(crate) more: String,
-}
-
-impl Default for Setup {
-    fn default() -> Setup {
-        Setup {
-            listener: "",
-            more: String::new(),
-        }
-    }
 }
 
 impl Lab {
