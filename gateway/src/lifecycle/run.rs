@@ -125,15 +125,30 @@ async fn serve(
     tell(&[NotifyState::Stopping]);
     front.stop();
     stop_tx.send_replace(true);
-    let left = sessions.drain(config.limits.drain_time).await;
+    let deadline = Instant::now() + config.limits.drain_time;
+    sessions.drain(config.limits.drain_time).await;
+    let left = connections_left(&front.gate, deadline).await;
     if left > 0 {
-        warn!(sessions = left, "some clients did not leave in time");
+        warn!(
+            connections = left,
+            "some clients did not take their leave in time"
+        );
     }
     quiet_tx.send_replace(true);
     while last.join_next().await.is_some() {}
     tasks.shutdown().await;
     info!("done");
     Ok(())
+}
+
+/// Waits until all connections are closed: a session that has ended may still
+/// be telling its client why. Returns how many are not.
+async fn connections_left(gate: &Gate, deadline: Instant) -> usize {
+    let mut look = interval(Duration::from_millis(10));
+    while gate.connections() > 0 && Instant::now() < deadline {
+        look.tick().await;
+    }
+    gate.connections()
 }
 
 async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, Failure> {
