@@ -60,6 +60,15 @@ pub(crate) fn login(token: &str) -> String {
     )
 }
 
+/// A masked text frame, as a client sends it.
+pub(crate) fn frame(text: &str) -> Vec<u8> {
+    let mask = [1, 2, 3, 4];
+    let mut bytes = vec![0x81, 0x80 | u8::try_from(text.len()).unwrap()];
+    bytes.extend(mask);
+    bytes.extend(text.bytes().zip(mask.iter().cycle()).map(|(b, m)| b ^ m));
+    bytes
+}
+
 /// Sends a request and reads the answer's head and the body that it announces.
 pub(crate) async fn ask<S: AsyncRead + AsyncWrite + Unpin>(io: &mut S, request: &str) -> Reply {
     // A front that refuses may close before it has read all.
