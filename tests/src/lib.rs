@@ -5,6 +5,7 @@
 //! "nothing arrived" is said only after a later packet, sent on the same way,
 //! was seen to arrive (a fence).
 
+pub mod attack;
 pub mod capture;
 pub mod helper;
 pub mod naive;

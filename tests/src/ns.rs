@@ -1,7 +1,8 @@
 //! Network namespaces held by descriptor.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
+use std::net::{TcpListener, UdpSocket};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
@@ -108,14 +109,32 @@ impl Ns {
     }
 
     /// A UDP socket inside, with a receive deadline.
-    pub fn udp(&self, address: &str) -> std::net::UdpSocket {
-        let socket = self
-            .run(|| std::net::UdpSocket::bind(address))
-            .unwrap_or_else(|e| panic!("{}: {address}: {e}", self.name));
+    pub fn udp(&self, address: &str) -> UdpSocket {
+        let socket = self.bound(address, || UdpSocket::bind(address));
         socket
             .set_read_timeout(Some(crate::PATIENCE))
             .expect("timeout");
         socket
+    }
+
+    /// A TCP listener inside.
+    pub fn tcp(&self, address: &str) -> TcpListener {
+        self.bound(address, || TcpListener::bind(address))
+    }
+
+    /// A child that another thread is about to start may still hold a copy of
+    /// what was closed here a moment ago: such an address is soon free.
+    fn bound<T: Send>(&self, address: &str, bind: impl Fn() -> io::Result<T> + Sync) -> T {
+        let mut made = None;
+        crate::wait_until("the address is free", || match self.run(&bind) {
+            Ok(socket) => {
+                made = Some(socket);
+                true
+            }
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => false,
+            Err(e) => panic!("{}: {address}: {e}", self.name),
+        });
+        made.expect("bound")
     }
 
     /// Sends a whole IP packet from inside, as it is, by this namespace's routes.
@@ -145,12 +164,6 @@ impl Ns {
                 sendto(s.as_raw_fd(), packet, &to, MsgFlags::empty()).expect("raw packet");
             }
         });
-    }
-
-    /// A TCP listener inside.
-    pub fn tcp(&self, address: &str) -> std::net::TcpListener {
-        self.run(|| std::net::TcpListener::bind(address))
-            .unwrap_or_else(|e| panic!("{}: {address}: {e}", self.name))
     }
 }
 

@@ -210,7 +210,7 @@ impl Client {
 
     fn receive(&mut self) -> Result<(Reply, Option<OwnedFd>), ClientError> {
         let mut buf = [0; REPLY_LEN];
-        let got = seqpacket::recv(self.socket.as_fd(), &mut buf, true)?;
+        let got = unbroken(|| seqpacket::recv(self.socket.as_fd(), &mut buf, true))?;
         if got.len == 0 {
             return Err(ClientError::Closed);
         }
@@ -224,7 +224,7 @@ impl Client {
     }
 
     fn exchange(&mut self, request: &Request) -> Result<Lease, ClientError> {
-        seqpacket::send(self.socket.as_fd(), &request.encode(), None)?;
+        unbroken(|| seqpacket::send(self.socket.as_fd(), &request.encode(), None))?;
         loop {
             let (reply, tun) = self.receive()?;
             match reply.op {
@@ -247,6 +247,17 @@ impl Client {
                 Some(_) if reply.status == Status::Ok => return Ok(Lease { reply, tun }),
                 Some(_) => return Err(ClientError::Refused(reply)),
             }
+        }
+    }
+}
+
+/// A socket with a timeout says that any signal came, even one that means
+/// nothing, such as the end of a child.
+fn unbroken<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
         }
     }
 }

@@ -1,0 +1,347 @@
+//! The configuration, checked at once into types that need no further check.
+//!
+//! A key that does not exist is an error with the nearest one that does, so
+//! that a slip of the pen never silently means the default.
+
+pub(crate) mod check;
+mod nearest;
+mod net;
+mod raw;
+mod secret;
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rvpn_ipc::Class;
+use rvpn_proto::dialect::{Dialect as Variant, Padding};
+
+pub use self::net::{Names, Network, host_of};
+pub use self::secret::Secret;
+
+/// Everything the operator decides.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where keys made by the gateway, the store and the meter live.
+    pub state_dir: PathBuf,
+    /// Whom to become when started as root: user and group.
+    pub user: Option<(u32, u32)>,
+    /// Host names the gateway answers to, beside addresses.
+    pub names: Names,
+    /// Pages of other origins that may open a WebSocket, as `https://host[:port]`.
+    pub allowed_origins: Vec<String>,
+    /// Where clients come in.
+    pub listeners: Vec<Listener>,
+    /// Certificate files; without them one is made and kept in the state directory.
+    pub certificate: Option<CertificateFiles>,
+    /// Where operators come in.
+    pub admin: AdminAddress,
+    /// Host names of the admin listener, beside loopback addresses and `localhost`.
+    pub admin_names: Vec<String>,
+    /// The helper.
+    pub helper: HelperSettings,
+    /// Whose tokens are accepted under the strict policy.
+    pub keys: Vec<Key>,
+    /// Whose tokens are accepted under the legacy policy, each for its own.
+    pub legacy: Vec<Legacy>,
+    /// Paths of older clients.
+    pub dialects: Vec<Arc<Dialect>>,
+    /// Bounds.
+    pub limits: Limits,
+    /// About sessions.
+    pub session: SessionSettings,
+    /// About logs.
+    pub log: Log,
+    /// Whether the process locks itself in. Only ever off by explicit word.
+    pub sandbox: bool,
+}
+
+/// A public listener.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Where.
+    pub address: SocketAddr,
+    /// What is expected first.
+    pub mode: Mode,
+    /// Who may say, by PROXY v2, on whose behalf it connects.
+    pub proxy_from: Vec<Network>,
+    /// Who may say it by `X-Forwarded-For`, whose last entry counts.
+    pub forwarded_from: Vec<Network>,
+}
+
+/// What a listener expects of a connection's first bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// TLS.
+    Tls,
+    /// HTTP, because a proxy in front does TLS.
+    Plain,
+    /// Either, by the first byte.
+    Auto,
+}
+
+/// A certificate chain and its key, PEM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateFiles {
+    /// The chain, leaf first.
+    pub chain: PathBuf,
+    /// The key.
+    pub key: PathBuf,
+}
+
+/// Where the admin API listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AdminAddress {
+    /// A loopback address. Callers need the admin token.
+    Tcp(SocketAddr),
+    /// A socket file. Whoever may open it may do everything.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for AdminAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AdminAddress::Tcp(address) => write!(f, "http://{address}"),
+            AdminAddress::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// How to find the helper and know it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HelperSettings {
+    /// Its socket.
+    pub socket: PathBuf,
+    /// The user it runs as.
+    pub uid: u32,
+}
+
+/// Keys of one issuer.
+#[derive(Clone, Debug)]
+pub struct Key {
+    /// Its `kid`, and what it is called in logs.
+    pub name: Arc<str>,
+    /// Where the key is.
+    pub source: KeySource,
+    /// `iss` that its tokens must have.
+    pub issuer: Option<String>,
+    /// `aud` that its tokens must have. Without it they must have none.
+    pub audience: Option<String>,
+    /// The helper's policy class for those who log in with it.
+    pub class: Class,
+}
+
+/// Where keys come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeySource {
+    /// One public key, PEM.
+    Pem {
+        /// The only algorithm it is good for.
+        algorithm: Algorithm,
+        /// The file.
+        file: PathBuf,
+    },
+    /// A shared secret for HS256, at least 32 bytes.
+    Secret(Secret),
+    /// A JWK set in a file.
+    JwksFile(PathBuf),
+    /// A JWK set fetched by HTTPS, and again when a token names a key it has not.
+    JwksUrl {
+        /// Where.
+        url: Arc<str>,
+        /// Whom to believe about it, PEM.
+        ca_file: PathBuf,
+    },
+}
+
+/// Signatures that are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Algorithm {
+    /// Ed25519.
+    EdDsa,
+    /// ECDSA on P-256.
+    Es256,
+    /// RSA, PKCS #1 v1.5.
+    Rs256,
+}
+
+/// Older clients whose tokens are looser: a shared secret of any length, no expiry needed.
+#[derive(Clone, Debug)]
+pub struct Legacy {
+    /// Its name; its account is `legacy:<name>`.
+    pub name: Arc<str>,
+    /// The account.
+    pub account: Arc<str>,
+    /// HS256.
+    pub secret: Secret,
+    /// Names that its tokens may speak for.
+    pub domains: Vec<String>,
+    /// The helper's policy class.
+    pub class: Class,
+}
+
+/// A path on which older clients find their gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dialect {
+    /// The path, with its leading slash.
+    pub path: String,
+    /// Which of the four.
+    pub variant: Variant,
+    /// With a token: the only account let in. Anonymous: who pays.
+    pub account: Option<Arc<str>>,
+    /// Whether a token is not needed.
+    pub anonymous: bool,
+    /// Whose tokens are accepted: a `[[legacy]]` block's instead of the strict ones.
+    pub legacy: Option<Arc<str>>,
+    /// The helper's policy class for anonymous clients.
+    pub class: Class,
+    /// What hides lengths and silences.
+    pub padding: Padding,
+}
+
+/// Bounds on what others can make us hold or do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Sessions at once.
+    pub max_clients: usize,
+    /// Connections of one account at once. One that was lost without a word
+    /// counts until its keepalive runs out.
+    pub sessions_per_account: usize,
+    /// Connections that have not logged in yet.
+    pub pending: usize,
+    /// Of these, from one IPv4 address or IPv6 /64.
+    pub pending_per_address: usize,
+    /// TLS handshakes at once.
+    pub handshakes: usize,
+    /// Failed logins from one IPv4 address or IPv6 /64, at once and then per minute.
+    pub login_failures: u32,
+    /// How long a connection may take to each of: first bytes, TLS, a whole request head.
+    pub login_time: Duration,
+    /// How long a shutdown waits for clients to leave.
+    pub drain_time: Duration,
+}
+
+/// What sessions are told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionSettings {
+    /// How long a resume ticket is good.
+    pub ticket_life: Duration,
+    /// Resolvers for clients.
+    pub dns: Vec<IpAddr>,
+    /// Data threads; 0 is one per CPU.
+    pub cores: usize,
+    /// Whether each is kept on a CPU.
+    pub pin: bool,
+}
+
+/// What is logged and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// A filter in the manner of `info,rvpn_gateway=debug`.
+    pub filter: String,
+    /// One JSON object a line.
+    pub json: bool,
+}
+
+/// Why a configuration is not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {error}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// It is not TOML, or not of our kind.
+    #[error("{path}{line}: {message}")]
+    Syntax {
+        /// Which.
+        path: PathBuf,
+        /// Where, as `:line`.
+        line: String,
+        /// What and what instead.
+        message: String,
+    },
+    /// It is, but says what cannot be.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl Config {
+    /// Reads and checks a file. `env` gives the values of the few `RVPN_…`
+    /// variables that win over it.
+    pub fn load(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read {
+            path: path.to_owned(),
+            error,
+        })?;
+        Config::parse(&text, path, env)
+    }
+
+    /// Checks the text of a file. Relative paths in it are relative to it.
+    pub fn parse(
+        text: &str,
+        path: &Path,
+        env: impl Fn(&str) -> Option<String>,
+    ) -> Result<Config, ConfigError> {
+        let raw: raw::Raw = toml::from_str(text).map_err(|error| ConfigError::Syntax {
+            path: path.to_owned(),
+            line: error.span().map_or_else(String::new, |span| {
+                let before = text.get(..span.start).unwrap_or(text);
+                format!(":{}", before.matches('\n').count() + 1)
+            }),
+            message: nearest::suggest(error.message()),
+        })?;
+        let base = path.parent().unwrap_or(Path::new(""));
+        check::check(raw, base, env).map_err(ConfigError::Invalid)
+    }
+
+    /// Puts back what cannot change while the process runs, and names it.
+    pub fn keep_fixed(&mut self, old: &Config) -> Vec<&'static str> {
+        fn keep<T: Clone + PartialEq>(
+            new: &mut T,
+            old: &T,
+            what: &'static str,
+            found: &mut Vec<&'static str>,
+        ) {
+            if new != old {
+                new.clone_from(old);
+                found.push(what);
+            }
+        }
+        let mut found = Vec::new();
+        keep(&mut self.state_dir, &old.state_dir, "state-dir", &mut found);
+        keep(&mut self.user, &old.user, "user", &mut found);
+        let addresses = |c: &Config| c.listeners.iter().map(|l| l.address).collect::<Vec<_>>();
+        if addresses(self) != addresses(old) {
+            self.listeners.clone_from(&old.listeners);
+            found.push("listener");
+        }
+        keep(&mut self.admin, &old.admin, "admin", &mut found);
+        keep(&mut self.helper, &old.helper, "helper", &mut found);
+        keep(&mut self.session, &old.session, "session", &mut found);
+        keep(&mut self.log, &old.log, "log", &mut found);
+        keep(&mut self.sandbox, &old.sandbox, "sandbox", &mut found);
+        let (new, old) = (&mut self.limits, &old.limits);
+        keep(
+            &mut new.max_clients,
+            &old.max_clients,
+            "limits.max-clients",
+            &mut found,
+        );
+        keep(
+            &mut new.handshakes,
+            &old.handshakes,
+            "limits.handshakes",
+            &mut found,
+        );
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests;

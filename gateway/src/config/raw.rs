@@ -1,0 +1,206 @@
+//! The file as it is written.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::secret::Secret;
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Raw {
+    pub(super) state_dir: Option<PathBuf>,
+    pub(super) user: Option<User>,
+    #[serde(default)]
+    pub(super) names: Vec<String>,
+    #[serde(default)]
+    pub(super) allowed_origins: Vec<String>,
+    #[serde(default)]
+    pub(super) sandbox: Switch,
+    #[serde(default)]
+    pub(super) listener: Vec<Listener>,
+    pub(super) tls: Option<Tls>,
+    #[serde(default)]
+    pub(super) admin: Admin,
+    #[serde(default)]
+    pub(super) helper: Helper,
+    #[serde(default)]
+    pub(super) key: Vec<Key>,
+    #[serde(default)]
+    pub(super) legacy: Vec<Legacy>,
+    #[serde(default)]
+    pub(super) dialect: Vec<Dialect>,
+    #[serde(default)]
+    pub(super) limits: Limits,
+    #[serde(default)]
+    pub(super) session: Session,
+    #[serde(default)]
+    pub(super) log: Log,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Switch {
+    #[default]
+    On,
+    Off,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Listener {
+    pub(super) address: SocketAddr,
+    #[serde(default)]
+    pub(super) mode: Mode,
+    #[serde(default)]
+    pub(super) proxy_from: Vec<String>,
+    #[serde(default)]
+    pub(super) forwarded_from: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Mode {
+    #[default]
+    Tls,
+    Plain,
+    Auto,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Tls {
+    pub(super) certificate: PathBuf,
+    pub(super) key: PathBuf,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Admin {
+    pub(super) address: Option<String>,
+    #[serde(default)]
+    pub(super) names: Vec<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Helper {
+    pub(super) socket: Option<PathBuf>,
+    pub(super) user: Option<User>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum User {
+    Uid(u32),
+    Name(String),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Key {
+    pub(super) name: String,
+    pub(super) algorithm: Option<String>,
+    pub(super) file: Option<PathBuf>,
+    pub(super) secret_file: Option<PathBuf>,
+    pub(super) jwks_file: Option<PathBuf>,
+    pub(super) jwks_url: Option<String>,
+    pub(super) ca_file: Option<PathBuf>,
+    pub(super) issuer: Option<String>,
+    pub(super) audience: Option<String>,
+    #[serde(default)]
+    pub(super) class: u8,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Legacy {
+    pub(super) name: String,
+    pub(super) secret: Option<Secret>,
+    pub(super) secret_file: Option<PathBuf>,
+    #[serde(default)]
+    pub(super) domains: Vec<String>,
+    #[serde(default)]
+    pub(super) class: u8,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Dialect {
+    pub(super) path: String,
+    #[serde(default)]
+    pub(super) kind: DialectKind,
+    pub(super) account: Option<String>,
+    #[serde(default)]
+    pub(super) anonymous: bool,
+    pub(super) legacy: Option<String>,
+    #[serde(default)]
+    pub(super) class: u8,
+    pub(super) padding: Option<Padding>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum DialectKind {
+    #[serde(alias = "snat-raw")]
+    Raw,
+    #[serde(alias = "text-v4")]
+    Text4,
+    #[serde(alias = "text-dual")]
+    Text46,
+    #[default]
+    Padded,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Padding {
+    Named(String),
+    Own(OwnPadding),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct OwnPadding {
+    pub(super) bytes: (u16, u16),
+    pub(super) noise_bytes: Option<(u16, u16)>,
+    pub(super) noise_every_ms: Option<(u32, u32)>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Limits {
+    pub(super) max_clients: Option<usize>,
+    pub(super) sessions_per_account: Option<usize>,
+    pub(super) pending: Option<usize>,
+    pub(super) pending_per_address: Option<usize>,
+    pub(super) handshakes: Option<usize>,
+    pub(super) login_failures: Option<u32>,
+    pub(super) login_seconds: Option<u64>,
+    pub(super) drain_seconds: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Session {
+    pub(super) ticket_seconds: Option<u64>,
+    #[serde(default)]
+    pub(super) dns: Vec<IpAddr>,
+    pub(super) cores: Option<usize>,
+    pub(super) pin: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Log {
+    pub(super) level: Option<String>,
+    pub(super) format: Option<LogFormat>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum LogFormat {
+    Text,
+    Json,
+}

@@ -1,0 +1,178 @@
+use super::*;
+
+fn parse(text: &str) -> Result<Config, String> {
+    Config::parse(text, Path::new("/etc/rvpn/gateway.toml"), |_| None).map_err(|e| e.to_string())
+}
+
+const LEAST: &str = "helper.user = 7\n[[listener]]\naddress = \"[::]:443\"\n";
+
+fn with(more: &str) -> Result<Config, String> {
+    parse(&format!("{LEAST}{more}"))
+}
+
+fn refused(more: &str) -> String {
+    with(more).expect_err(more)
+}
+
+#[test]
+fn the_least_that_is_needed() {
+    let config = with("").unwrap();
+    assert_eq!(config.listeners[0].mode, Mode::Tls);
+    assert_eq!(config.helper.uid, 7);
+    assert_eq!(
+        config.admin,
+        AdminAddress::Tcp("127.0.0.1:7980".parse().unwrap())
+    );
+    assert!(config.sandbox);
+    assert!(config.keys.is_empty() && config.dialects.is_empty());
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_line_and_the_nearest_one() {
+    let error = refused("adress = \"x\"\n");
+    assert!(
+        error.starts_with("/etc/rvpn/gateway.toml:4: unknown field `adress`"),
+        "{error}"
+    );
+    assert!(error.ends_with("did you mean `address`?"), "{error}");
+    let error = parse("listner = []").unwrap_err();
+    assert!(error.ends_with("did you mean `listener`?"), "{error}");
+    let error = refused("mode = \"tsl\"\n");
+    assert!(error.ends_with("did you mean `tls`?"), "{error}");
+}
+
+#[test]
+fn dialects_say_who_is_let_in() {
+    let config = with(
+        "[[legacy]]\nname = \"old\"\nsecret = \"abc123\"\n\
+         [[dialect]]\npath = \"/tunnel\"\nanonymous = true\npadding = \"broad\"\n\
+         [[dialect]]\npath = \"/raw\"\nkind = \"raw\"\nlegacy = \"old\"\n\
+         [[dialect]]\npath = \"/b\"\nkind = \"text4\"\naccount = \"alice\"\n",
+    )
+    .unwrap();
+    assert_eq!(config.dialects[0].variant, Variant::Padded);
+    assert_eq!(config.dialects[0].padding, Padding::BROAD);
+    assert_eq!(config.dialects[1].legacy.as_deref(), Some("old"));
+    assert_eq!(config.dialects[2].account.as_deref(), Some("alice"));
+    assert_eq!(&*config.legacy[0].account, "legacy:old");
+
+    for (wrong, why) in [
+        ("path = \"tunnel\"", "must begin with /"),
+        ("path = \"/rvpn/v1/packets\"", "belong to the gateway"),
+        ("path = \"/x\"\nlegacy = \"none\"", "no [[legacy]] named"),
+        (
+            "path = \"/x\"\nkind = \"raw\"\npadding = \"broad\"",
+            "only the kind",
+        ),
+        ("path = \"/x\"\npadding = \"loud\"", "padding is"),
+        (
+            "path = \"/x\"\npadding = { bytes = [9, 1] }",
+            "[least, most]",
+        ),
+        ("path = \"/x\"\n[[dialect]]\npath = \"/x\"", "there twice"),
+    ] {
+        let error = refused(&format!("[[dialect]]\n{wrong}\n"));
+        assert!(error.contains(why), "{error}");
+    }
+}
+
+#[test]
+fn a_strict_secret_is_long_and_a_legacy_one_is_not_empty() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(
+        dir.path().join("short"),
+        "0123456789012345678901234567890\n",
+    )
+    .unwrap();
+    std::fs::write(
+        dir.path().join("long"),
+        "01234567890123456789012345678901\n",
+    )
+    .unwrap();
+    let at = dir.path().join("gateway.toml");
+    let load = |file: &str| {
+        let text = format!("{LEAST}[[key]]\nname = \"k\"\nsecret-file = \"{file}\"\n");
+        Config::parse(&text, &at, |_| None)
+    };
+    let error = load("short").unwrap_err().to_string();
+    assert!(error.contains("has 31 bytes and needs 32"), "{error}");
+    let config = load("long").unwrap();
+    assert!(matches!(&config.keys[0].source, KeySource::Secret(s) if s.bytes().len() == 32));
+    assert!(
+        !format!("{config:?}").contains("0123456789"),
+        "a secret is shown"
+    );
+    assert!(refused("[[legacy]]\nname = \"x\"\nsecret = \"\"\n").contains("empty"));
+}
+
+#[test]
+fn a_key_has_one_source_and_one_algorithm() {
+    for (wrong, why) in [
+        ("name = \"k\"", "exactly one of"),
+        (
+            "name = \"k\"\nfile = \"a\"\njwks-file = \"b\"\nalgorithm = \"EdDSA\"",
+            "exactly one of",
+        ),
+        ("name = \"k\"\nfile = \"a\"", "algorithm must be"),
+        (
+            "name = \"k\"\nfile = \"a\"\nalgorithm = \"HS256\"",
+            "algorithm must be",
+        ),
+        (
+            "name = \"k\"\nfile = \"a\"\nalgorithm = \"none\"",
+            "algorithm must be",
+        ),
+        ("name = \"k\"\njwks-url = \"http://x/\"", "https://"),
+        ("name = \"../k\"\nfile = \"a\"", "is not a name"),
+    ] {
+        let error = refused(&format!("[[key]]\n{wrong}\n"));
+        assert!(error.contains(why), "{error}");
+    }
+    let config = with("[[key]]\nname = \"k\"\nfile = \"k.pem\"\nalgorithm = \"ES256\"\n").unwrap();
+    let file = PathBuf::from("/etc/rvpn/k.pem");
+    let algorithm = Algorithm::Es256;
+    assert_eq!(config.keys[0].source, KeySource::Pem { algorithm, file });
+}
+
+#[test]
+fn the_admin_listener_stays_at_home() {
+    let admin = |address: &str| parse(&format!("admin.address = \"{address}\"\n{LEAST}"));
+    assert!(admin("0.0.0.0:80").unwrap_err().contains("loopback"));
+    assert!(admin("unix:run/x").unwrap_err().contains("absolute"));
+    let config = admin("unix:/run/rvpn/admin.sock").unwrap();
+    assert_eq!(
+        config.admin,
+        AdminAddress::Unix("/run/rvpn/admin.sock".into())
+    );
+}
+
+#[test]
+fn the_environment_wins() {
+    let env = |name: &str| match name {
+        "RVPN_LISTEN" => Some("127.0.0.1:8443".to_owned()),
+        "RVPN_STATE_DIR" => Some("/tmp/state".to_owned()),
+        _ => None,
+    };
+    let config = Config::parse(LEAST, Path::new("x"), env).unwrap();
+    assert_eq!(
+        config.listeners[0].address,
+        "127.0.0.1:8443".parse().unwrap()
+    );
+    assert_eq!(config.state_dir, Path::new("/tmp/state"));
+    let two = format!("{LEAST}[[listener]]\naddress = \"[::]:80\"\n");
+    assert!(Config::parse(&two, Path::new("x"), env).is_err());
+}
+
+#[test]
+fn what_a_reload_cannot_change_is_kept_and_named() {
+    let old = with("").unwrap();
+    let mut new = with("[[dialect]]\npath = \"/t\"\n[limits]\nlogin-failures = 5\n").unwrap();
+    assert!(new.keep_fixed(&old).is_empty());
+    assert_eq!(new.limits.login_failures, 5);
+    new.state_dir = "/elsewhere".into();
+    new.limits.max_clients = 5;
+    new.listeners[0].mode = Mode::Plain;
+    assert_eq!(new.keep_fixed(&old), ["state-dir", "limits.max-clients"]);
+    assert_eq!(new.state_dir, old.state_dir);
+    assert_eq!(new.listeners[0].mode, Mode::Plain);
+}

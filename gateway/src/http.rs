@@ -1,0 +1,309 @@
+//! The public port's HTTP: the way in for clients, and a page for everybody else.
+//!
+//! hyper parses; the upgrade is ours. Until the 101 is written nothing of what
+//! a client sent behind its request is looked at, and if there is no 101 the
+//! connection closes, so that it never is.
+
+pub mod answer;
+pub mod join;
+pub mod request;
+
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::HeaderMap;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tracing::debug;
+
+use self::answer::{Answer, Refusal};
+use self::request::Target;
+use crate::admit::{Admission, Io, Kind, Sessions};
+use crate::auth::credential::Credential;
+use crate::auth::live::Pass;
+use crate::auth::{Denied, Gate, Grant, Policy};
+use crate::config::Config;
+use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
+use crate::tls::Tls;
+
+/// A request's line and headers together.
+const HEAD_LIMIT: usize = 16 * 1024;
+const MAX_HEADERS: usize = 64;
+/// How many login times a stranger may stay, whatever it asks for.
+const STAY: u32 = 3;
+/// How long the farewell to a slow stranger may take.
+const PARTING: Duration = Duration::from_secs(1);
+
+/// All that the public port works with.
+pub struct Front {
+    config: ArcSwap<Config>,
+    /// Who is let in.
+    pub gate: Arc<Gate>,
+    /// The certificate.
+    pub tls: Arc<Tls>,
+    /// Where those go who are.
+    pub sessions: Arc<dyn Sessions>,
+    /// Strangers.
+    pub pending: Arc<Pending>,
+    /// Those who failed.
+    pub failures: Failures,
+    /// And how often.
+    pub refusals: Refusals,
+    /// TLS handshakes at once.
+    pub handshakes: Semaphore,
+    stopping: AtomicBool,
+}
+
+impl Front {
+    /// Puts the parts together.
+    pub fn new(
+        config: Arc<Config>,
+        gate: Arc<Gate>,
+        tls: Arc<Tls>,
+        sessions: Arc<dyn Sessions>,
+    ) -> Arc<Front> {
+        let handshakes = Semaphore::new(config.limits.handshakes);
+        Arc::new(Front {
+            config: ArcSwap::new(config),
+            gate,
+            tls,
+            sessions,
+            pending: Arc::default(),
+            failures: Failures::new(),
+            refusals: Refusals::new(Instant::now()),
+            handshakes,
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> Arc<Config> {
+        self.config.load_full()
+    }
+
+    /// Puts another in force, for requests from now on.
+    pub fn configure(&self, config: Arc<Config>) {
+        self.config.store(config);
+    }
+
+    /// Lets nobody in from now on.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a client that comes now can be served, and if not, why.
+    pub fn ready(&self) -> Result<(), String> {
+        match self.stopping.load(Ordering::Relaxed) {
+            true => Err("shutting down".to_owned()),
+            false => self.sessions.ready(),
+        }
+    }
+}
+
+/// Who connects, as far as is known before a login.
+#[derive(Clone, Copy, Debug)]
+pub struct Visitor {
+    /// The address behind a proxy that said so by PROXY v2.
+    pub peer: SocketAddr,
+    /// Whether its `X-Forwarded-For` is believed.
+    pub believed: bool,
+    /// Which listener it came through.
+    pub listener: usize,
+}
+
+impl Visitor {
+    /// Whom limits and logs are about.
+    fn address(&self, headers: &HeaderMap) -> IpAddr {
+        let last = headers.get_all("x-forwarded-for").iter().next_back();
+        let forwarded = last
+            .filter(|_| self.believed)
+            .and_then(|v| v.to_str().ok())
+            .and_then(|v| v.rsplit(',').next())
+            .and_then(|v| v.trim().parse::<IpAddr>().ok());
+        forwarded.map_or(self.peer.ip(), |a| a.to_canonical())
+    }
+}
+
+/// What a request led to beside its answer.
+type Let = Arc<Mutex<Option<(Admission, Pass)>>>;
+
+/// Serves one connection until it is a session's or closed.
+pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPass) {
+    let limit = front.config().limits.login_time;
+    let tls = io.is_tls();
+    let let_in: Let = Arc::default();
+    let service = service_fn(|request| {
+        let (front, let_in) = (Arc::clone(&front), Arc::clone(&let_in));
+        let answer: Pin<Box<dyn Future<Output = Result<Answer, Infallible>> + Send>> =
+            Box::pin(async move {
+                let answered = respond(&front, request, visitor, tls, &let_in).await;
+                Ok(answered.unwrap_or_else(Refusal::into_answer))
+            });
+        answer
+    });
+    let mut connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limit)
+        .max_buf_size(HEAD_LIMIT)
+        .max_headers(MAX_HEADERS)
+        .auto_date_header(false)
+        .serve_connection(TokioIo::new(io), service);
+    let served = poll_fn(|cx| connection.poll_without_shutdown(cx));
+    let served = timeout(limit * STAY, served).await;
+    let parts = connection.into_parts();
+    let mut io = parts.io.into_inner();
+    let admitted = let_in.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match (served, admitted) {
+        (Ok(Ok(())), Some((admission, place))) => {
+            drop(pass);
+            io.hold(place);
+            front.sessions.admit(admission, io, parts.read_buf);
+        }
+        (Ok(Err(error)), _) if error.is_timeout() && !parts.read_buf.is_empty() => {
+            // In the middle of a request: the only case that deserves a word.
+            drop(timeout(PARTING, io.write_all(answer::TIMEOUT)).await);
+            drop(timeout(PARTING, io.shutdown()).await);
+        }
+        (served, _) => {
+            if let Ok(Err(error)) = served {
+                debug!(%error, "a stranger's connection");
+            }
+            drop(timeout(PARTING, io.shutdown()).await);
+        }
+    }
+}
+
+async fn respond(
+    front: &Front,
+    request: Request<Incoming>,
+    visitor: Visitor,
+    tls: bool,
+    let_in: &Let,
+) -> Result<Answer, Refusal> {
+    let config = front.config();
+    let (head, body) = request.into_parts();
+    let host = request::host(&head, &config.names)?;
+    request::sizes(&head)?;
+    let target = Target::of(head.uri.path(), &config.dialects);
+    match target {
+        Target::Join if head.method == Method::POST => {
+            request::origin(&head.headers, &host, tls, &config)?;
+            let place = Place::of(visitor.address(&head.headers));
+            join::respond(front, &head, body, place).await
+        }
+        Target::Packets | Target::Dialect(_) => {
+            let accept = request::upgrade(&head)?;
+            request::origin(&head.headers, &host, tls, &config)?;
+            let kind = match target {
+                Target::Dialect(dialect) => Kind::Dialect(dialect),
+                _ => Kind::Native,
+            };
+            if matches!(kind, Kind::Native) && !request::offers_packets(&head.headers) {
+                return Err(Refusal::new(
+                    StatusCode::BAD_REQUEST,
+                    "the subprotocol rvpn.packets.1 is missing",
+                ));
+            }
+            let native = matches!(kind, Kind::Native);
+            let admitted = admit(front, &head, kind, visitor).await?;
+            *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(admitted);
+            Ok(answer::switching(&accept, native))
+        }
+        Target::Page if matches!(head.method, Method::GET | Method::HEAD) => Ok(answer::page()),
+        Target::Join | Target::Page => Err(Refusal::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "not like this",
+        )),
+        Target::Nothing => Err(Refusal::new(StatusCode::NOT_FOUND, "not found")),
+    }
+}
+
+/// Judges the login of an upgrade that is otherwise in order.
+async fn admit(
+    front: &Front,
+    head: &hyper::http::request::Parts,
+    kind: Kind,
+    visitor: Visitor,
+) -> Result<(Admission, Pass), Refusal> {
+    if let Err(why) = front.ready() {
+        debug!(%why, "not ready for a client");
+        return Err(Refusal::busy(Duration::from_secs(2)));
+    }
+    let config = front.config();
+    let address = visitor.address(&head.headers);
+    let place = Place::of(address);
+    let policy = match &kind {
+        Kind::Native => Policy::Strict,
+        Kind::Dialect(dialect) => Gate::policy_of(dialect),
+    };
+    let dialect = match &kind {
+        Kind::Native => None,
+        Kind::Dialect(dialect) => Some(&**dialect),
+    };
+    let failures = config.limits.login_failures;
+    let anonymous = policy == Policy::Anonymous;
+    let now = Instant::now();
+    if !anonymous && let Some(wait) = front.failures.blocked(place, failures, now) {
+        return Err(Refusal::slow_down(wait));
+    }
+    let judged = async {
+        let credential = Credential::find(&head.headers, head.uri.query(), dialect.is_some())?;
+        let limit = config.limits.sessions_per_account;
+        front
+            .gate
+            .login(credential.as_ref(), policy, dialect, limit)
+            .await
+    };
+    let grant = match judged.await {
+        Ok(grant) => grant,
+        Err(why) => {
+            front.refusals.note(why, address, now);
+            return Err(match why {
+                Denied::TooMany => Refusal::slow_down(Duration::from_secs(1)),
+                Denied::Missing | Denied::Account => Refusal::forbidden(),
+                _ => {
+                    front.failures.note(place, failures, now);
+                    Refusal::forbidden()
+                }
+            });
+        }
+    };
+    let Grant {
+        account,
+        subject,
+        token_id,
+        expires_at,
+        class,
+        revoked,
+        pass,
+    } = grant;
+    let admission = Admission {
+        account,
+        subject,
+        token_id,
+        expires_at,
+        kind,
+        anonymous,
+        class,
+        peer: SocketAddr::new(address, visitor.peer.port()),
+        listener: visitor.listener,
+        revoked,
+    };
+    Ok((admission, pass))
+}
+
+/// A body that is there at once.
+pub(crate) type Whole = Full<Bytes>;

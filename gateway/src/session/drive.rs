@@ -1,0 +1,484 @@
+//! The loop of one session.
+//!
+//! One task owns the connection, the device and the counters of one client and
+//! is driven by polling: each turn takes what has arrived from the client,
+//! drains the device whether or not the client can be written to, and sends
+//! as long as the socket takes it. Nothing is encrypted ahead of the socket,
+//! so what waits, waits in the queue, where it can still be dropped.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_tungstenite::tungstenite::Message;
+
+use super::hub::{Handed, Order};
+use super::transport::{Broken, Incoming, Transport};
+use crate::cores::Load;
+use crate::meter::{Row, Totals};
+use crate::tun::{MAX_READ, Tun};
+
+/// Work of one turn in one direction, after which the other and the core's
+/// other sessions have theirs.
+const TURN_BYTES: usize = 256 * 1024;
+const TURN_PACKETS: usize = 256;
+const TURN_MESSAGES: usize = 256;
+/// Flushes in one turn while the socket takes them.
+const TURN_SENDS: usize = 8;
+/// What is given to the socket at once.
+const FLUSH_BYTES: usize = 64 * 1024;
+/// Control messages a client may send at once, and then per second.
+const CONTROL_BURST: u32 = 200;
+const CONTROL_PER_SECOND: u32 = 20;
+
+/// Buffers that belong to the thread, so that an idle session has none.
+pub struct Scratch {
+    /// One read of the device.
+    pub device: Box<[u8]>,
+    /// The message being built.
+    pub message: BytesMut,
+    /// The packet being rewritten.
+    pub packet: Box<[u8]>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
+        device: vec![0; MAX_READ].into(),
+        message: BytesMut::new(),
+        packet: vec![0; MAX_READ].into(),
+    });
+}
+
+/// What a protocol makes of messages and packets.
+pub trait Carriage {
+    /// Takes the packets of a data message and writes them to the device.
+    fn outbound(
+        &mut self,
+        message: &Bytes,
+        tun: &Tun,
+        totals: &mut Totals,
+        scratch: &mut [u8],
+        now: Instant,
+    ) -> Result<(), End>;
+
+    /// Takes what one read of the device gave, with its virtio header, into the queue.
+    fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant);
+
+    /// Makes `buffer` the next data message, if anything is due. What it held
+    /// before is of no interest. Counts what it takes.
+    fn message(&mut self, buffer: &mut BytesMut, totals: &mut Totals, now: Instant) -> bool;
+
+    /// Brings what was dropped unseen into the totals, once a turn.
+    fn tally(&mut self, _totals: &mut Totals) {}
+
+    /// Gives back memory that only traffic needs. Called now and then.
+    fn relax(&mut self) {}
+
+    /// When [`Carriage::message`] has something although nothing new arrived.
+    fn due(&self) -> Option<Instant>;
+
+    /// Takes a text message. An answer is sent before waiting data.
+    fn text(&mut self, text: &str, totals: &mut Totals) -> Result<Option<Message>, End>;
+}
+
+/// How long a silent or unreachable peer is believed in.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// Without any message from it, or without any byte taken by its socket.
+    pub silence: Duration,
+    /// How often it is pinged by us.
+    pub ping_every: Option<Duration>,
+}
+
+/// Why a session ends.
+#[derive(Debug)]
+pub enum End {
+    /// The connection is gone, or so bad that nothing can be said on it.
+    Lost(&'static str),
+    /// The peer said that it is done.
+    Goodbye,
+    /// The peer did what it may not.
+    Misbehaved {
+        /// WebSocket close code.
+        code: u16,
+        /// Told to the peer.
+        reason: &'static str,
+    },
+    /// Somebody here decided so.
+    Told {
+        /// WebSocket close code.
+        code: u16,
+        /// Told to the peer.
+        reason: &'static str,
+        /// When coming back makes sense.
+        retry_after: Option<Duration>,
+    },
+    /// The client's next connection takes over.
+    Replaced(oneshot::Sender<Handed>),
+    /// The device is gone.
+    DeviceLost,
+}
+
+impl From<Broken> for End {
+    fn from(broken: Broken) -> End {
+        match broken {
+            Broken::Lost => End::Lost("the connection ended"),
+            Broken::Protocol => End::Misbehaved {
+                code: 1002,
+                reason: "WebSocket protocol error",
+            },
+            Broken::TooBig => End::Misbehaved {
+                code: 1009,
+                reason: "message too big",
+            },
+        }
+    }
+}
+
+/// One session, running.
+pub struct Drive<T, C> {
+    pub transport: T,
+    pub carriage: C,
+    pub tun: Tun,
+    pub row: Row,
+    pub totals: Totals,
+    pub orders: mpsc::Receiver<Order>,
+    /// Control messages made elsewhere, such as a resolved name.
+    pub answers: mpsc::Receiver<Message>,
+    /// Ends when something outside ends the session: revocation, expiry, the helper.
+    pub outside: Pin<Box<dyn Future<Output = End> + Send>>,
+    /// What the connection had carried before its meter row was opened.
+    pub patience: Patience,
+    timer: Pin<Box<Sleep>>,
+    /// What the timer is set to, since reading it back costs more.
+    alarm: Instant,
+    heard: Instant,
+    pinged: Instant,
+    /// Since when, and at which count of bytes, the socket has not taken everything.
+    stuck: Option<(Instant, u64)>,
+    flushing: bool,
+    control: Bucket,
+    drops_seen: u64,
+}
+
+impl<T: Transport, C: Carriage> Drive<T, C> {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is a thing the session owns"
+    )]
+    pub fn new(
+        transport: T,
+        carriage: C,
+        tun: Tun,
+        row: Row,
+        orders: mpsc::Receiver<Order>,
+        answers: mpsc::Receiver<Message>,
+        outside: Pin<Box<dyn Future<Output = End> + Send>>,
+        patience: Patience,
+    ) -> Drive<T, C> {
+        let now = Instant::now();
+        let mut drive = Drive {
+            transport,
+            carriage,
+            tun,
+            row,
+            totals: Totals::default(),
+            orders,
+            answers,
+            outside,
+            patience,
+            timer: Box::pin(sleep_until(now)),
+            alarm: now,
+            heard: now,
+            pinged: now,
+            stuck: None,
+            flushing: false,
+            control: Bucket::full(now),
+            drops_seen: 0,
+        };
+        let next = drive.next_alarm(now);
+        drive.set_alarm(next);
+        drive
+    }
+
+    /// Carries packets until there is a reason to end. `heard` is called once,
+    /// when the first message after the welcome arrives.
+    pub async fn run(&mut self, load: &Load, mut heard: impl FnMut()) -> End {
+        let before = self.heard;
+        let mut told = false;
+        poll_fn(|cx| {
+            let counted = self.totals;
+            let end = SCRATCH.with_borrow_mut(|scratch| self.turn(cx, scratch));
+            self.carriage.tally(&mut self.totals);
+            self.publish();
+            load.add(
+                self.totals.outbound.payload - counted.outbound.payload
+                    + self.totals.inbound.payload
+                    - counted.inbound.payload,
+            );
+            if !told && self.heard != before {
+                told = true;
+                heard();
+            }
+            end
+        })
+        .await
+    }
+
+    fn turn(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<End> {
+        let now = Instant::now();
+        if let Poll::Ready(Some(order)) = self.orders.poll_recv(cx) {
+            return Poll::Ready(match order {
+                Order::End {
+                    code,
+                    reason,
+                    retry_after,
+                } => End::Told {
+                    code,
+                    reason,
+                    retry_after,
+                },
+                Order::HandOver(to) => End::Replaced(to),
+            });
+        }
+        if let Poll::Ready(end) = self.outside.as_mut().poll(cx) {
+            return Poll::Ready(end);
+        }
+        let more = self
+            .receive(cx, scratch, now)
+            .and_then(|more| Ok(self.drain(cx, scratch, now)? | more))
+            .and_then(|more| Ok(self.send(cx, scratch, now)? | more));
+        match more {
+            Err(end) => return Poll::Ready(end),
+            // Not done, but others have waited long enough.
+            Ok(true) => cx.waker().wake_by_ref(),
+            Ok(false) => {}
+        }
+        self.watch(cx, now)
+    }
+
+    /// Client to device.
+    fn receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        now: Instant,
+    ) -> Result<bool, End> {
+        let mut bytes = 0;
+        for _ in 0..TURN_MESSAGES {
+            let Poll::Ready(message) = self.transport.poll_next(cx) else {
+                return Ok(false);
+            };
+            self.heard = now;
+            match message? {
+                Incoming::Data(data) => {
+                    if data.is_empty() {
+                        self.control.take(now)?;
+                    }
+                    bytes += data.len();
+                    self.carriage.outbound(
+                        &data,
+                        &self.tun,
+                        &mut self.totals,
+                        &mut scratch.packet,
+                        now,
+                    )?;
+                }
+                Incoming::Text(text) => {
+                    self.control.take(now)?;
+                    if let Some(answer) = self.carriage.text(&text, &mut self.totals)? {
+                        self.transport.feed(answer)?;
+                        self.flushing = true;
+                    }
+                }
+                Incoming::Control => {
+                    self.control.take(now)?;
+                    // The answer to a ping waits in the transport.
+                    self.flushing = true;
+                }
+                // A plain close without a goodbye: the tab was closed, the phone slept.
+                Incoming::Close { .. } => return Err(End::Lost("the client closed")),
+            }
+            if bytes >= TURN_BYTES {
+                break;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Device to queue.
+    fn drain(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        now: Instant,
+    ) -> Result<bool, End> {
+        let mut bytes = 0;
+        for _ in 0..TURN_PACKETS {
+            match self.tun.poll_read(cx, &mut scratch.device) {
+                Poll::Pending => return Ok(false),
+                Poll::Ready(Err(_)) => return Err(End::DeviceLost),
+                Poll::Ready(Ok(n)) => {
+                    self.carriage
+                        .inbound(&mut scratch.device[..n], &mut self.totals, now);
+                    bytes += n;
+                    if bytes >= TURN_BYTES {
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Queue to client, one flush at a time: more is built only when the socket
+    /// has taken the last, so that what waits can still be reordered and dropped.
+    fn send(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        now: Instant,
+    ) -> Result<bool, End> {
+        for _ in 0..TURN_SENDS {
+            if self.flushing {
+                if self.transport.poll_flush(cx)?.is_pending() {
+                    let taken = self.transport.wire().1;
+                    self.stuck.get_or_insert((now, taken));
+                    return Ok(false);
+                }
+                self.flushing = false;
+                self.stuck = None;
+            }
+            while let Poll::Ready(Some(answer)) = self.answers.poll_recv(cx) {
+                self.transport.feed(answer)?;
+                self.flushing = true;
+            }
+            let mut fed = 0;
+            while fed < FLUSH_BYTES
+                && self
+                    .carriage
+                    .message(&mut scratch.message, &mut self.totals, now)
+            {
+                fed += scratch.message.len();
+                let message = scratch.message.split().freeze();
+                self.transport.feed(Message::Binary(message.clone()))?;
+                // The transport has copied it, so the buffer is ours alone again.
+                scratch.message = message.try_into_mut().unwrap_or_default();
+                self.flushing = true;
+            }
+            if !self.flushing {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The clock: silence, sockets that take nothing, our pings, delayed sends.
+    fn watch(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<End> {
+        if let Some(due) = self.carriage.due()
+            && due < self.alarm
+        {
+            self.set_alarm(due);
+        }
+        while self.timer.as_mut().poll(cx).is_ready() {
+            if now.saturating_duration_since(self.heard) >= self.patience.silence {
+                return Poll::Ready(End::Lost("no sign of life from the client"));
+            }
+            if let Some((since, taken)) = self.stuck {
+                let total = self.transport.wire().1;
+                if total != taken {
+                    self.stuck = Some((now, total));
+                } else if now.saturating_duration_since(since) >= self.patience.silence {
+                    return Poll::Ready(End::Lost("the client takes no data"));
+                }
+            }
+            if let Some(every) = self.patience.ping_every
+                && now.saturating_duration_since(self.pinged) >= every
+            {
+                self.pinged = now;
+                if let Err(broken) = self.transport.feed(Message::Ping(Bytes::new())) {
+                    return Poll::Ready(broken.into());
+                }
+                self.flushing = true;
+            }
+            if self.flushing || self.carriage.due().is_some_and(|due| due <= now) {
+                cx.waker().wake_by_ref();
+            }
+            self.carriage.relax();
+            let next = self.next_alarm(now);
+            self.set_alarm(next);
+        }
+        Poll::Pending
+    }
+
+    fn next_alarm(&self, now: Instant) -> Instant {
+        let mut next = self.heard + self.patience.silence;
+        if let Some((since, _)) = self.stuck {
+            next = next.min(since + self.patience.silence);
+        }
+        if let Some(every) = self.patience.ping_every {
+            next = next.min(self.pinged + every);
+        }
+        if let Some(due) = self.carriage.due() {
+            next = next.min(due);
+        }
+        next.max(now + Duration::from_millis(1))
+    }
+
+    fn set_alarm(&mut self, at: Instant) {
+        self.alarm = at;
+        self.timer.as_mut().reset(at);
+    }
+
+    /// Brings the meter row up to date.
+    pub fn publish(&mut self) {
+        let (read, written) = self.transport.wire();
+        self.totals.outbound.wire = read;
+        self.totals.inbound.wire = written;
+        let drops = self.totals.drops();
+        self.row.publish(&self.totals, drops != self.drops_seen);
+        self.drops_seen = drops;
+    }
+}
+
+/// Bounds what is not data: a client has little to say beside it.
+#[derive(Debug)]
+struct Bucket {
+    left: u32,
+    since: Instant,
+}
+
+impl Bucket {
+    fn full(now: Instant) -> Bucket {
+        Bucket {
+            left: CONTROL_BURST,
+            since: now,
+        }
+    }
+
+    fn take(&mut self, now: Instant) -> Result<(), End> {
+        let gained = now.saturating_duration_since(self.since).as_millis()
+            * u128::from(CONTROL_PER_SECOND)
+            / 1000;
+        if gained > 0 {
+            let gained = u32::try_from(gained).unwrap_or(CONTROL_BURST);
+            self.left = self.left.saturating_add(gained).min(CONTROL_BURST);
+            self.since = now;
+        }
+        match self.left.checked_sub(1) {
+            Some(left) => {
+                self.left = left;
+                Ok(())
+            }
+            None => Err(End::Misbehaved {
+                code: 1008,
+                reason: "too many control messages",
+            }),
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Packets of the native protocol: records in messages.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use bytes::{Bytes, BytesMut};
+use rvpn_proto::record::{HEADER_LEN, MESSAGE_LIMIT, Reader, header};
+use tokio::time::Instant;
+use tokio_tungstenite::tungstenite::Message;
+
+use super::control::Desk;
+use super::drive::{Carriage, End};
+use crate::meter::Totals;
+use crate::pump::{Identity, Pump};
+use crate::tun::Tun;
+
+/// What was agreed on with one client.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    /// Its addresses as it sees them.
+    pub(super) inner: (Ipv4Addr, Ipv6Addr),
+    /// Its addresses as the device sees them.
+    pub(super) lease: (Ipv4Addr, Ipv6Addr),
+    /// Largest packet without segmentation.
+    pub(super) mtu: u16,
+    /// Super-packets cross whole.
+    pub(super) offload: bool,
+}
+
+/// One native client's packets.
+pub(super) struct Packets {
+    pump: Pump,
+    desk: Desk,
+}
+
+impl Packets {
+    pub(super) fn new(terms: Terms, desk: Desk, key: [u64; 2]) -> Packets {
+        let identity = Identity::Pair {
+            inner: terms.inner,
+            lease: terms.lease,
+        };
+        Packets {
+            pump: Pump::new(identity, terms.mtu, terms.offload, key),
+            desk,
+        }
+    }
+}
+
+impl Carriage for Packets {
+    fn outbound(
+        &mut self,
+        message: &Bytes,
+        tun: &Tun,
+        totals: &mut Totals,
+        scratch: &mut [u8],
+        _now: Instant,
+    ) -> Result<(), End> {
+        for record in Reader::new(message) {
+            let Ok(record) = record else {
+                return Err(End::Misbehaved {
+                    code: 1008,
+                    reason: "malformed record",
+                });
+            };
+            self.pump
+                .outbound(record.packet, record.offload, tun, totals, scratch);
+        }
+        Ok(())
+    }
+
+    fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant) {
+        self.pump.inbound(read, totals, now);
+    }
+
+    fn message(&mut self, buffer: &mut BytesMut, totals: &mut Totals, now: Instant) -> bool {
+        let mut used = 0;
+        while let Some(waiting) = self.pump.next_len(now) {
+            let body = used + HEADER_LEN;
+            if used > 0 && body + waiting.remaining > MESSAGE_LIMIT {
+                break;
+            }
+            // The buffer keeps its length between messages, so this seldom fills it.
+            if buffer.len() < body + waiting.whole {
+                buffer.resize(body + waiting.whole, 0);
+            }
+            let Some((len, offload)) = self.pump.take(&mut buffer[body..], totals) else {
+                continue;
+            };
+            let Ok(header) = header(len, offload) else {
+                continue;
+            };
+            buffer[used..body].copy_from_slice(&header);
+            used = body + len;
+        }
+        if used == 0 {
+            // Not cut, see above.
+            return false;
+        }
+        buffer.truncate(used);
+        true
+    }
+
+    fn tally(&mut self, totals: &mut Totals) {
+        self.pump.count_drops(totals);
+    }
+
+    fn relax(&mut self) {
+        self.pump.relax();
+    }
+
+    fn due(&self) -> Option<Instant> {
+        None
+    }
+
+    fn text(&mut self, text: &str, totals: &mut Totals) -> Result<Option<Message>, End> {
+        self.desk.text(text, totals)
+    }
+}

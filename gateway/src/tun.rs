@@ -1,0 +1,90 @@
+//! The TUN descriptor of one session.
+//!
+//! The helper passes it attached and configured; here it is only read and
+//! written. The interest must include errors: a deleted interface reports
+//! nothing else, and a task waiting for readability alone would wait for ever.
+
+use std::fs::File;
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Length of the virtio header before every packet.
+pub const VIRTIO_LEN: usize = 10;
+/// The largest packet with its header. A shorter read would cut it silently.
+pub const MAX_READ: usize = VIRTIO_LEN + 65_535;
+
+/// A TUN, or in tests one end of a socket pair that stands for it.
+#[derive(Debug)]
+pub struct Tun {
+    fd: Arc<AsyncFd<File>>,
+}
+
+/// Why a packet did not get into the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// The kernel did not like this packet, or was short of memory. The next one may do.
+    Packet,
+    /// The interface is down, as it is for a moment while the helper restores its rules.
+    Down,
+    /// The interface is gone; the session cannot go on.
+    Gone,
+}
+
+impl Tun {
+    /// Takes the descriptor. Must run on the runtime that will use it.
+    pub fn adopt(fd: OwnedFd) -> io::Result<Tun> {
+        let fd = crate::fd::watch(fd, Interest::READABLE | Interest::ERROR)?;
+        Ok(Tun { fd: Arc::new(fd) })
+    }
+
+    /// Gives the descriptor back, for a session that continues on another
+    /// connection. None while a future of [`Tun::gone`] is still alive.
+    pub fn into_fd(self) -> Option<OwnedFd> {
+        Some(OwnedFd::from(Arc::into_inner(self.fd)?.into_inner()))
+    }
+
+    /// Ends when the interface was deleted. Waiting for packets does not tell:
+    /// the kernel then reports an error and no readability.
+    pub fn gone(&self) -> impl Future<Output = ()> + Send + 'static {
+        let fd = Arc::clone(&self.fd);
+        async move {
+            // An error here means that the runtime ends.
+            drop(fd.ready(Interest::ERROR).await.map(|_| ()));
+        }
+    }
+
+    /// Reads one packet with its virtio header. Pending means that the device
+    /// is empty and that the task will be woken; an error, that it is gone.
+    pub fn poll_read(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.fd.poll_read_ready(cx))?;
+            match guard.try_io(|fd| fd.get_ref().read(buf)) {
+                Ok(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+                Ok(result) => return Poll::Ready(result),
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    /// Writes one packet: its virtio header, what was rewritten of it, the rest.
+    /// A TUN never makes its writer wait, so there is nothing to poll for.
+    pub fn write(&self, parts: &[IoSlice<'_>]) -> Result<(), Refused> {
+        loop {
+            return match self.fd.get_ref().write_vectored(parts) {
+                Ok(_) => Ok(()),
+                Err(e) => match e.raw_os_error() {
+                    Some(libc::EINTR) => continue,
+                    Some(libc::EIO) => Err(Refused::Down),
+                    // The last two: the other end of a socket pair went away.
+                    Some(libc::EBADFD | libc::EPIPE | libc::ECONNRESET) => Err(Refused::Gone),
+                    _ => Err(Refused::Packet),
+                },
+            };
+        }
+    }
+}

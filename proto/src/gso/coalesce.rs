@@ -1,0 +1,314 @@
+//! Makes super-packets of the segments of clients that have none.
+//!
+//! One write to the TUN, one pass through the kernel's tables and one
+//! segmentation at the far end instead of forty-five. Only what can be cut
+//! apart again into the same stream is joined: the same headers, bytes in order
+//! and without a gap, checksums that were right.
+
+use crate::checksum;
+use crate::packet::{Parsed, Transport, Version, array, put, tcp_flag, word};
+use crate::record::{MAX_PACKET, Offload, gso_type};
+use crate::validate::{MIN_SEGMENT, pseudo_sum, transport_sum_is_right};
+
+/// Collects consecutive segments of one flow at the start of a buffer of the
+/// caller's, which is the same in every call and best [`MAX_PACKET`] bytes long.
+///
+/// What is collected has to be taken with [`Coalescer::flush`] whenever
+/// [`Offer::Flush`] says so, and at the end of every batch.
+#[derive(Clone, Debug, Default)]
+pub struct Coalescer {
+    pending: Option<Pending>,
+}
+
+/// What became of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// It is in the buffer.
+    Taken,
+    /// It does not go with what is in the buffer, and may not overtake it: flush,
+    /// then offer it again.
+    Flush,
+    /// It is of no use here and may go as it is, now.
+    Pass,
+}
+
+/// What was collected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Coalesced {
+    /// The headers; the packet's length is [`Parsed::len`].
+    pub parsed: Parsed,
+    /// Nothing for a single segment, which is as it was offered.
+    pub offload: Offload,
+    /// Segments in it.
+    pub segments: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Pending {
+    /// Of the first segment, with the length of all.
+    parsed: Parsed,
+    size: u16,
+    segments: u32,
+    /// The sequence number that has to come next.
+    sequence: u32,
+    ids: Ids,
+    /// A short or pushed segment was the last.
+    closed: bool,
+    pushed: bool,
+}
+
+const DONT_FRAGMENT: u16 = 0x4000;
+
+/// How IPv4 identifications go on from segment to segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ids {
+    /// IPv6 has none.
+    None,
+    /// One segment was seen; whether its datagram may be fragmented.
+    First { id: u16, fixed_is_fine: bool },
+    /// Each is the one before and one.
+    Rising { next: u16 },
+    /// All the same, as some systems do where nothing may be fragmented.
+    Fixed { id: u16 },
+}
+
+impl Ids {
+    fn of(packet: &[u8], version: Version) -> Option<Self> {
+        match version {
+            Version::V4 => Some(Self::First {
+                id: word(packet, 4)?,
+                fixed_is_fine: word(packet, 6)? & DONT_FRAGMENT != 0,
+            }),
+            Version::V6 => Some(Self::None),
+        }
+    }
+
+    /// With one more segment; none if its identification does not go with them.
+    fn then(self, packet: &[u8]) -> Option<Self> {
+        let id = word(packet, 4)?;
+        match self {
+            Self::None => Some(Self::None),
+            Self::First { id: first, .. } if id == first.wrapping_add(1) => Some(Self::Rising {
+                next: id.wrapping_add(1),
+            }),
+            Self::First {
+                id: first,
+                fixed_is_fine: true,
+            } if id == first => Some(Self::Fixed { id }),
+            Self::Rising { next } if id == next => Some(Self::Rising {
+                next: next.wrapping_add(1),
+            }),
+            Self::Fixed { id: fixed } if id == fixed => Some(self),
+            Self::First { .. } | Self::Rising { .. } | Self::Fixed { .. } => None,
+        }
+    }
+}
+
+impl Coalescer {
+    /// Nothing is collected.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { pending: None }
+    }
+
+    /// Whether nothing is collected.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.pending.is_none()
+    }
+
+    /// Takes a validated, finished packet, or says what to do with it.
+    pub fn offer(&mut self, buffer: &mut [u8], packet: &[u8], parsed: &Parsed) -> Offer {
+        let Some(packet) = packet.get(..parsed.len()) else {
+            return Offer::Pass;
+        };
+        let Some(pending) = &mut self.pending else {
+            return match begin(buffer, packet, parsed) {
+                Some(pending) => {
+                    self.pending = Some(pending);
+                    Offer::Taken
+                }
+                None => Offer::Pass,
+            };
+        };
+        if pending.append(buffer, packet, parsed).is_some() {
+            return Offer::Taken;
+        }
+        // Only one flow is collected, and the one that sends now is more likely
+        // to go on. What is no bulk of another flow does not disturb this one.
+        let begins = is_bulk(packet, parsed).is_some_and(|bulk| bulk.begins());
+        if begins || pending.may_be_same_flow(buffer, packet, parsed) {
+            Offer::Flush
+        } else {
+            Offer::Pass
+        }
+    }
+
+    /// Finishes what lies in the buffer, if anything does.
+    pub fn flush(&mut self, buffer: &mut [u8]) -> Option<Coalesced> {
+        let pending = self.pending.take()?;
+        let parsed = pending.parsed;
+        if pending.segments == 1 {
+            return Some(Coalesced {
+                parsed,
+                offload: Offload::NONE,
+                segments: 1,
+            });
+        }
+        let packet = buffer.get_mut(..parsed.len())?;
+        let gso_type = pending.finish(packet)?;
+        Some(Coalesced {
+            parsed,
+            offload: Offload {
+                partial: true,
+                gso_type,
+                gso_size: pending.size,
+            },
+            segments: pending.segments,
+        })
+    }
+}
+
+fn begin(buffer: &mut [u8], packet: &[u8], parsed: &Parsed) -> Option<Pending> {
+    let bulk = is_bulk(packet, parsed)?;
+    if !bulk.begins() || !bulk.right(packet, parsed) {
+        return None;
+    }
+    let ids = Ids::of(packet, parsed.version())?;
+    buffer.get_mut(..packet.len())?.copy_from_slice(packet);
+    Some(Pending {
+        parsed: *parsed,
+        size: bulk.payload,
+        segments: 1,
+        sequence: bulk.sequence.wrapping_add(u32::from(bulk.payload)),
+        ids,
+        closed: false,
+        pushed: false,
+    })
+}
+
+impl Pending {
+    fn append(&mut self, buffer: &mut [u8], packet: &[u8], parsed: &Parsed) -> Option<()> {
+        let bulk = is_bulk(packet, parsed)?;
+        let length = self.parsed.len.checked_add(bulk.payload)?;
+        let ids = self.ids.then(packet)?;
+        let fits = !self.closed
+            && bulk.payload <= self.size
+            && bulk.sequence == self.sequence
+            && usize::from(length) <= buffer.len().min(MAX_PACKET)
+            && parsed.header_len == self.parsed.header_len
+            && same_headers(buffer, packet, parsed)?
+            && bulk.right(packet, parsed);
+        if !fits {
+            return None;
+        }
+        let begin = self.parsed.len();
+        buffer
+            .get_mut(begin..length.into())?
+            .copy_from_slice(packet.get(parsed.header_len()..)?);
+        self.parsed.len = length;
+        self.segments += 1;
+        self.sequence = self.sequence.wrapping_add(u32::from(bulk.payload));
+        self.ids = ids;
+        self.pushed = bulk.pushed;
+        self.closed = bulk.pushed || bulk.payload < self.size;
+        Some(())
+    }
+
+    /// Whether the packet could belong to the flow that is collected. A fragment
+    /// has no ports, so the hosts decide.
+    fn may_be_same_flow(&self, buffer: &[u8], packet: &[u8], parsed: &Parsed) -> bool {
+        let hosts = match parsed.version() {
+            Version::V4 => 12..20,
+            Version::V6 => 8..40,
+        };
+        let may_have_ports = parsed.ports().is_none() || parsed.ports() == self.parsed.ports();
+        parsed.version() == self.parsed.version()
+            && parsed.protocol() == self.parsed.protocol()
+            && may_have_ports
+            && packet.get(hosts.clone()) == buffer.get(hosts)
+    }
+
+    fn finish(&self, packet: &mut [u8]) -> Option<u8> {
+        let parsed = &self.parsed;
+        let kind = match parsed.version() {
+            Version::V4 => {
+                put(packet, 2, parsed.len.to_be_bytes())?;
+                put(packet, 10, [0, 0])?;
+                let check = checksum::check(checksum::sum(packet.get(..parsed.l4())?));
+                put(packet, 10, check.to_be_bytes())?;
+                gso_type::TCP_V4
+            }
+            Version::V6 => {
+                put(packet, 4, (parsed.len - parsed.l4).to_be_bytes())?;
+                gso_type::TCP_V6
+            }
+        };
+        if self.pushed {
+            *packet.get_mut(parsed.l4() + 13)? |= tcp_flag::PSH;
+        }
+        let sum = pseudo_sum(parsed, packet, parsed.len - parsed.l4);
+        put(packet, parsed.sum_at()?, sum.to_be_bytes())?;
+        Some(kind)
+    }
+}
+
+/// A segment that can be part of a super-packet.
+struct Bulk {
+    sequence: u32,
+    payload: u16,
+    pushed: bool,
+}
+
+fn is_bulk(packet: &[u8], parsed: &Parsed) -> Option<Bulk> {
+    let Transport::Tcp { flags, .. } = parsed.transport() else {
+        return None;
+    };
+    let payload = parsed.len - parsed.header_len;
+    let plain = flags & !tcp_flag::PSH == tcp_flag::ACK;
+    if !plain || !parsed.is_plain() || payload == 0 {
+        return None;
+    }
+    Some(Bulk {
+        sequence: sequence(packet, parsed.l4())?,
+        payload,
+        pushed: flags & tcp_flag::PSH != 0,
+    })
+}
+
+impl Bulk {
+    /// A segment that ends its stretch is no beginning of one, and small ones are not worth it.
+    fn begins(&self) -> bool {
+        !self.pushed && self.payload >= MIN_SEGMENT
+    }
+
+    /// A wrong checksum must not become a right one.
+    fn right(&self, packet: &[u8], parsed: &Parsed) -> bool {
+        parsed.verified || transport_sum_is_right(parsed, packet)
+    }
+}
+
+/// All that every segment's headers have to have in common.
+fn same_headers(buffer: &[u8], packet: &[u8], parsed: &Parsed) -> Option<bool> {
+    let same = |from: usize, to: usize| {
+        let (a, b) = (buffer.get(from..to)?, packet.get(from..to)?);
+        Some(a == b)
+    };
+    let ip = match parsed.version() {
+        // All but length, identification and checksum.
+        Version::V4 => same(0, 2)? && same(6, 10)? && same(12, 20)?,
+        Version::V6 => same(0, 4)? && same(6, 40)?,
+    };
+    let l4 = parsed.l4();
+    // Ports; acknowledgement, header length; window; urgent pointer, options.
+    let tcp = same(l4, l4 + 4)?
+        && same(l4 + 8, l4 + 13)?
+        && same(l4 + 14, l4 + 16)?
+        && same(l4 + 18, parsed.header_len())?;
+    Some(ip && tcp)
+}
+
+/// The sequence number of a TCP header.
+pub(super) fn sequence(packet: &[u8], l4: usize) -> Option<u32> {
+    Some(u32::from_be_bytes(array(packet, l4 + 4)?))
+}

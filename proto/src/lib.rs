@@ -1,0 +1,15 @@
+//! What RVPN says on the wire, and what it does to a packet.
+//!
+//! Everything here is pure: bytes in, bytes out. No sockets, no clocks, no
+//! `unsafe`, so all of it can be tested by table, by property and by fuzzer.
+#![forbid(unsafe_code)]
+
+pub mod checksum;
+pub mod control;
+pub mod dialect;
+pub mod gso;
+pub mod nat;
+pub mod packet;
+pub mod queue;
+pub mod record;
+pub mod validate;

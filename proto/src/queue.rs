@@ -1,0 +1,448 @@
+//! The queue in front of a connection: where packets wait, and which of them
+//! go first or not at all.
+//!
+//! A TUN's own queue counts packets and a socket's counts bytes of ciphertext;
+//! both let one bulk flow stand in front of everything for most of a second.
+//! So what waits, waits here: in one bucket for each flow, served in turn by
+//! bytes (deficit round robin), flows that have just begun first. The limit is
+//! in bytes of memory; above it the head of the longest bucket goes, because
+//! its sender learns soonest that way. A bucket that stands for longer than a
+//! burst loses packets at the head in growing frequency (CoDel, RFC 8289); of
+//! a TCP super-packet only its first segment, since the signal is the same and
+//! the other forty-five need not be sent again.
+//!
+//! Packets lie in chains of small blocks, taken from and given back to a list.
+//! A ring would have to be served in order of arrival, which is what this
+//! queue is there to avoid, and whole buffers of 64 KiB would hold 32 packets
+//! of any size within the limit. Chains hold what the packets need, never
+//! fragment, and cost a copy in and one out, of which the way to the message
+//! needs one anyway. Nothing is allocated once the queue has seen its depth.
+//!
+//! Time is passed in, in microseconds of any clock that does not go back.
+
+mod codel;
+mod flow;
+mod store;
+
+use self::codel::{Codel, Verdict};
+use self::store::{NONE, Store, Waiting, blocks};
+use crate::record::{MAX_PACKET, Offload};
+
+/// Buckets of a queue. Two flows share one now and then, for one key.
+pub const BUCKETS: usize = 256;
+/// The least limit: one packet on its way out, one on its way in.
+pub const MIN_LIMIT: usize = 128 * 1024;
+/// Less would only turn the wheel more often for each packet.
+const MIN_QUANTUM: u32 = 1500;
+
+/// How a queue behaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Bytes of memory for waiting packets, at least [`MIN_LIMIT`].
+    pub limit: usize,
+    /// Bytes that a flow may send before it is the next one's turn.
+    pub quantum: u32,
+    /// Microseconds that a packet may wait for good.
+    pub target: u64,
+    /// Microseconds that all may wait longer, as in a burst.
+    pub interval: u64,
+    /// A flow that has no more than this waiting is let be.
+    pub mtu: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            limit: 2 * 1024 * 1024,
+            quantum: 16 * 1024,
+            target: 5_000,
+            interval: 100_000,
+            mtu: 1500,
+        }
+    }
+}
+
+/// What the queue must know of a packet and gives back with it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Meta {
+    /// What is left to do for it.
+    pub offload: Offload,
+    /// Bytes of all headers, IP and transport. Used for TCP super-packets only.
+    pub header_len: u16,
+}
+
+/// The packet that goes next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Next {
+    /// Its bytes as it was pushed, which [`Queue::take`] writes.
+    pub len: usize,
+    /// As it was pushed.
+    pub meta: Meta,
+    /// So many segments at its front are dropped: whoever takes the packet has
+    /// to cut them off. They are counted as dropped already. At least one remains.
+    pub cut: u16,
+}
+
+impl Next {
+    /// Its bytes once it is cut.
+    pub fn remaining(&self) -> usize {
+        self.len - usize::from(self.cut) * usize::from(self.meta.offload.gso_size)
+    }
+}
+
+/// Packets and their bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// How many.
+    pub packets: u64,
+    /// How long together.
+    pub bytes: u64,
+}
+
+impl Tally {
+    fn add(&mut self, bytes: usize) {
+        self.packets += 1;
+        self.bytes += bytes as u64;
+    }
+
+    fn sub(&mut self, bytes: usize) {
+        self.packets -= 1;
+        self.bytes -= bytes as u64;
+    }
+}
+
+/// What happened so far. Bytes accepted are always the sum of the bytes
+/// delivered, queued and dropped for each cause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Taken in.
+    pub accepted: Tally,
+    /// Given out, without what was cut off.
+    pub delivered: Tally,
+    /// Waiting.
+    pub queued: Tally,
+    /// Dropped because the queue was full.
+    pub overflow: Tally,
+    /// Dropped because they had waited too long.
+    pub late: Tally,
+    /// Segments cut off super-packets for the same reason; the bytes are payload.
+    pub trimmed: Tally,
+    /// Not taken in, because no packet is empty or that long.
+    pub refused: Tally,
+}
+
+/// The queue of one connection in one direction.
+#[derive(Debug)]
+pub struct Queue {
+    settings: Settings,
+    key: [u64; 2],
+    store: Store,
+    /// Empty while nothing has waited since the last [`Queue::relax`].
+    flows: Vec<Flow>,
+    fresh: List,
+    aged: List,
+    /// Chosen, but not taken yet.
+    next: Option<u32>,
+    stats: Stats,
+}
+
+#[derive(Clone, Debug)]
+struct Flow {
+    head: u32,
+    tail: u32,
+    /// Memory of its packets, in blocks.
+    blocks: u32,
+    bytes: u32,
+    deficit: i64,
+    place: Place,
+    /// The flow behind it in its list.
+    behind: u16,
+    codel: Codel,
+}
+
+/// The list a flow is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Nowhere,
+    Fresh,
+    Aged,
+}
+
+/// A list of flows, linked through them.
+#[derive(Clone, Copy, Debug, Default)]
+struct List {
+    ends: Option<(u16, u16)>,
+}
+
+impl Queue {
+    /// An empty queue; `key` is random, so that nobody can aim at the bucket of
+    /// somebody else's flow.
+    pub fn new(settings: Settings, key: [u64; 2]) -> Self {
+        let settings = Settings {
+            limit: settings.limit.max(MIN_LIMIT),
+            quantum: settings.quantum.max(MIN_QUANTUM),
+            ..settings
+        };
+        Self {
+            settings,
+            key,
+            store: Store::new(settings.limit),
+            flows: Vec::new(),
+            fresh: List::default(),
+            aged: List::default(),
+            next: None,
+            stats: Stats::default(),
+        }
+    }
+
+    /// Takes a packet in, if it is one; others may go for it.
+    pub fn push(&mut self, packet: &[u8], meta: Meta, now: u64) -> bool {
+        if !(1..=MAX_PACKET).contains(&packet.len()) {
+            self.stats.refused.add(packet.len());
+            return false;
+        }
+        if self.flows.is_empty() {
+            self.flows.resize_with(BUCKETS, Flow::default);
+        }
+        while self.store.available() < blocks(packet.len()) {
+            if !self.drop_from_longest() {
+                self.stats.refused.add(packet.len());
+                return false;
+            }
+        }
+        let bucket = flow::bucket(self.key, packet);
+        let slot = self.store.put(packet, meta, now);
+        let flow = &mut self.flows[usize::from(bucket)];
+        if flow.head == NONE {
+            flow.head = slot;
+        } else {
+            self.store.waiting_mut(flow.tail).behind = slot;
+        }
+        flow.tail = slot;
+        flow.blocks += blocks(packet.len());
+        flow.bytes += u32::from(self.store.waiting(slot).len);
+        if flow.place == Place::Nowhere {
+            flow.place = Place::Fresh;
+            flow.deficit = self.settings.quantum.into();
+            self.fresh.push(&mut self.flows, bucket.into());
+        }
+        self.stats.accepted.add(packet.len());
+        self.stats.queued.add(packet.len());
+        true
+    }
+
+    /// Chooses the packet that goes next. It stays the next one until it is taken.
+    pub fn next(&mut self, now: u64) -> Option<Next> {
+        if self.next.is_none() {
+            self.next = self.choose(now);
+        }
+        let slot = self.next?;
+        let waiting = self.store.waiting(slot);
+        Some(Next {
+            len: waiting.len.into(),
+            meta: waiting.meta,
+            cut: waiting.cut,
+        })
+    }
+
+    /// Writes the packet that [`Queue::next`] chose to the start of `out`,
+    /// uncut, and lets it go. Nothing happens if none was chosen or if `out` is
+    /// too short for it.
+    pub fn take(&mut self, out: &mut [u8]) -> Option<Next> {
+        let slot = self.next?;
+        let waiting = *self.store.waiting(slot);
+        let next = Next {
+            len: waiting.len.into(),
+            meta: waiting.meta,
+            cut: waiting.cut,
+        };
+        self.store.copy(slot, out.get_mut(..next.len)?);
+        self.store.free(slot);
+        self.next = None;
+        let remaining = waiting.remaining();
+        self.stats.queued.sub(remaining);
+        self.stats.delivered.add(remaining);
+        Some(next)
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.stats.queued.packets == 0
+    }
+
+    /// Bytes of waiting packets.
+    pub fn bytes(&self) -> u64 {
+        self.stats.queued.bytes
+    }
+
+    /// Memory that waiting packets hold, which is what the limit is about.
+    pub fn held(&self) -> usize {
+        self.store.held()
+    }
+
+    /// Memory that the queue has taken from the system for packets.
+    pub fn memory(&self) -> usize {
+        self.store.memory()
+    }
+
+    /// What happened so far.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Gives its memory back if nothing waits. For connections that have become
+    /// silent; a busy one would only take it again.
+    pub fn relax(&mut self) {
+        if self.is_empty() {
+            self.flows = Vec::new();
+            (self.fresh, self.aged) = (List::default(), List::default());
+            self.store.relax();
+        }
+    }
+
+    fn choose(&mut self, now: u64) -> Option<u32> {
+        loop {
+            let (place, index) = match (self.fresh.first(), self.aged.first()) {
+                (Some(index), _) => (Place::Fresh, index),
+                (None, Some(index)) => (Place::Aged, index),
+                (None, None) => return None,
+            };
+            let flow = &mut self.flows[usize::from(index)];
+            if flow.deficit <= 0 {
+                flow.deficit += i64::from(self.settings.quantum);
+                self.demote(place, index);
+                continue;
+            }
+            if let Some(slot) = self.head_in_time(index, now) {
+                let remaining = self.store.waiting(slot).remaining();
+                self.flows[usize::from(index)].deficit -= remaining as i64;
+                return Some(slot);
+            }
+            // A fresh flow that ran empty waits for one turn of the others
+            // before it is fresh again, else it could stay ahead of them all.
+            if place == Place::Fresh && self.aged.first().is_some() {
+                self.demote(place, index);
+            } else {
+                self.leave(place, index);
+            }
+        }
+    }
+
+    /// Takes the first flow of a list out of it.
+    fn leave(&mut self, place: Place, index: u16) {
+        match place {
+            Place::Fresh => self.fresh.pop(&self.flows),
+            Place::Aged => self.aged.pop(&self.flows),
+            Place::Nowhere => {}
+        }
+        self.flows[usize::from(index)].place = Place::Nowhere;
+    }
+
+    fn demote(&mut self, from: Place, index: u16) {
+        self.leave(from, index);
+        self.flows[usize::from(index)].place = Place::Aged;
+        self.aged.push(&mut self.flows, index);
+    }
+
+    /// The first packet of a flow that has not waited too long, out of the flow.
+    fn head_in_time(&mut self, index: u16, now: u64) -> Option<u32> {
+        loop {
+            let flow = &mut self.flows[usize::from(index)];
+            if flow.head == NONE {
+                flow.codel.emptied();
+                return None;
+            }
+            let slot = flow.head;
+            let waiting = self.store.waiting_mut(slot);
+            let behind = flow.bytes - waiting.remaining() as u32;
+            let waited = now.saturating_sub(waiting.since);
+            match flow.codel.judge(&self.settings, waited, behind, now) {
+                Verdict::Deliver => {
+                    flow.detach(waiting);
+                    return Some(slot);
+                }
+                Verdict::Drop if waiting.can_be_cut() => {
+                    let segment = waiting.meta.offload.gso_size;
+                    waiting.cut += 1;
+                    flow.bytes -= u32::from(segment);
+                    self.stats.queued.bytes -= u64::from(segment);
+                    self.stats.trimmed.add(segment.into());
+                }
+                Verdict::Drop => {
+                    let bytes = waiting.remaining();
+                    flow.detach(waiting);
+                    self.store.free(slot);
+                    self.stats.queued.sub(bytes);
+                    self.stats.late.add(bytes);
+                }
+            }
+        }
+    }
+
+    fn drop_from_longest(&mut self) -> bool {
+        let Some(flow) = self.flows.iter_mut().max_by_key(|flow| flow.blocks) else {
+            return false;
+        };
+        if flow.head == NONE {
+            return false;
+        }
+        let slot = flow.head;
+        let waiting = self.store.waiting(slot);
+        let bytes = waiting.remaining();
+        flow.detach(waiting);
+        self.store.free(slot);
+        self.stats.queued.sub(bytes);
+        self.stats.overflow.add(bytes);
+        true
+    }
+}
+
+impl Default for Flow {
+    fn default() -> Self {
+        Self {
+            head: NONE,
+            tail: NONE,
+            blocks: 0,
+            bytes: 0,
+            deficit: 0,
+            place: Place::Nowhere,
+            behind: 0,
+            codel: Codel::default(),
+        }
+    }
+}
+
+impl Flow {
+    /// Takes the first packet off the chain. Its memory is still held.
+    fn detach(&mut self, head: &Waiting) {
+        self.head = head.behind;
+        if self.head == NONE {
+            self.tail = NONE;
+        }
+        self.blocks -= blocks(head.len.into());
+        self.bytes -= head.remaining() as u32;
+    }
+}
+
+impl List {
+    fn first(self) -> Option<u16> {
+        self.ends.map(|(first, _)| first)
+    }
+
+    fn push(&mut self, flows: &mut [Flow], index: u16) {
+        self.ends = Some(match self.ends {
+            None => (index, index),
+            Some((first, last)) => {
+                flows[usize::from(last)].behind = index;
+                (first, index)
+            }
+        });
+    }
+
+    fn pop(&mut self, flows: &[Flow]) {
+        self.ends = match self.ends {
+            Some((first, last)) if first != last => Some((flows[usize::from(first)].behind, last)),
+            _ => None,
+        };
+    }
+}

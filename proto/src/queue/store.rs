@@ -1,0 +1,189 @@
+//! Memory for waiting packets: chains of blocks out of chunks.
+//!
+//! The index of a packet's first block names the packet, and its particulars
+//! are kept beside that block, so that there is one thing to run out of.
+
+use super::Meta;
+
+/// No block.
+pub(super) const NONE: u32 = u32::MAX;
+/// Small enough that a small packet wastes little, large enough that the
+/// largest is not scattered over too many.
+pub(super) const BLOCK: usize = 1024;
+/// Blocks that are allocated together.
+const CHUNK: u32 = 64;
+
+/// Blocks that a packet needs.
+pub(super) fn blocks(len: usize) -> u32 {
+    u32::try_from(len.div_ceil(BLOCK)).unwrap_or(NONE)
+}
+
+/// A packet that waits, without its bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waiting {
+    /// The packet behind it in its flow.
+    pub(super) behind: u32,
+    pub(super) len: u16,
+    /// Segments dropped off its front.
+    pub(super) cut: u16,
+    pub(super) meta: Meta,
+    pub(super) since: u64,
+}
+
+impl Waiting {
+    const NOTHING: Self = Self {
+        behind: NONE,
+        len: 0,
+        cut: 0,
+        meta: Meta {
+            offload: crate::record::Offload::NONE,
+            header_len: 0,
+        },
+        since: 0,
+    };
+
+    /// Its bytes without the dropped segments.
+    pub(super) fn remaining(&self) -> usize {
+        usize::from(self.len) - usize::from(self.cut) * usize::from(self.meta.offload.gso_size)
+    }
+
+    /// Whether a segment can go and at least one stay.
+    pub(super) fn can_be_cut(&self) -> bool {
+        let headers = usize::from(self.meta.header_len);
+        let segment = usize::from(self.meta.offload.gso_size);
+        self.meta.offload.is_tcp_super()
+            && segment > 0
+            && headers > 0
+            && self.remaining() > headers + segment
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Store {
+    chunks: Vec<Box<[u8]>>,
+    /// The block behind each block, in its packet or among the free ones.
+    links: Vec<u32>,
+    /// Of packets, at the index of their first block.
+    waiting: Vec<Waiting>,
+    first_free: u32,
+    used: u32,
+    limit: u32,
+}
+
+impl Store {
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            chunks: Vec::new(),
+            links: Vec::new(),
+            waiting: Vec::new(),
+            first_free: NONE,
+            used: 0,
+            limit: u32::try_from(limit / BLOCK).unwrap_or(NONE - 1),
+        }
+    }
+
+    /// Blocks that may still be used.
+    pub(super) fn available(&self) -> u32 {
+        self.limit - self.used
+    }
+
+    pub(super) fn held(&self) -> usize {
+        self.used as usize * BLOCK
+    }
+
+    pub(super) fn memory(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.len()).sum()
+    }
+
+    pub(super) fn relax(&mut self) {
+        if self.used == 0 {
+            self.chunks = Vec::new();
+            self.links = Vec::new();
+            self.waiting = Vec::new();
+            self.first_free = NONE;
+        }
+    }
+
+    /// Copies a packet in. The caller has made sure that it fits.
+    pub(super) fn put(&mut self, packet: &[u8], meta: Meta, since: u64) -> u32 {
+        let mut first = NONE;
+        let mut last = NONE;
+        for piece in packet.chunks(BLOCK) {
+            let block = self.unused();
+            self.block_mut(block)[..piece.len()].copy_from_slice(piece);
+            if last == NONE {
+                first = block;
+            } else {
+                self.links[last as usize] = block;
+            }
+            last = block;
+        }
+        self.links[last as usize] = NONE;
+        self.waiting[first as usize] = Waiting {
+            behind: NONE,
+            // The queue has refused all that is longer.
+            len: u16::try_from(packet.len()).unwrap_or(u16::MAX),
+            cut: 0,
+            meta,
+            since,
+        };
+        first
+    }
+
+    pub(super) fn waiting(&self, packet: u32) -> &Waiting {
+        &self.waiting[packet as usize]
+    }
+
+    pub(super) fn waiting_mut(&mut self, packet: u32) -> &mut Waiting {
+        &mut self.waiting[packet as usize]
+    }
+
+    /// Copies a packet out; `out` is as long as the packet.
+    pub(super) fn copy(&self, packet: u32, out: &mut [u8]) {
+        let mut block = packet;
+        for piece in out.chunks_mut(BLOCK) {
+            let at = (block % CHUNK) as usize * BLOCK;
+            let chunk = &self.chunks[(block / CHUNK) as usize];
+            piece.copy_from_slice(&chunk[at..at + piece.len()]);
+            block = self.links[block as usize];
+        }
+    }
+
+    pub(super) fn free(&mut self, packet: u32) {
+        let mut last = packet;
+        let mut count = 1;
+        while self.links[last as usize] != NONE {
+            last = self.links[last as usize];
+            count += 1;
+        }
+        self.links[last as usize] = self.first_free;
+        self.first_free = packet;
+        self.used -= count;
+    }
+
+    fn unused(&mut self) -> u32 {
+        if self.first_free == NONE {
+            self.grow();
+        }
+        let block = self.first_free;
+        self.first_free = self.links[block as usize];
+        self.used += 1;
+        block
+    }
+
+    fn grow(&mut self) {
+        let begin = CHUNK * self.chunks.len() as u32;
+        let end = begin + CHUNK;
+        self.chunks
+            .push(vec![0; CHUNK as usize * BLOCK].into_boxed_slice());
+        self.links.extend(begin + 1..end);
+        self.links.push(self.first_free);
+        self.waiting.resize(end as usize, Waiting::NOTHING);
+        self.first_free = begin;
+    }
+
+    fn block_mut(&mut self, block: u32) -> &mut [u8] {
+        let at = (block % CHUNK) as usize * BLOCK;
+        &mut self.chunks[(block / CHUNK) as usize][at..at + BLOCK]
+    }
+}
