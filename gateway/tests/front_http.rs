@@ -1,8 +1,4 @@
 //! The public port's HTTP: PRO-09, PRO-11, PRO-17, AUT-16 to AUT-19, TLS, proxies.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot go on says where by panicking"
-)]
 
 mod front_support;
 
@@ -10,13 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use front_support::client::{ACCEPT, KEY, NATIVE, ask, login, read_reply, read_to_end, upgrade};
+use front_support::client::{
+    ACCEPT, KEY, NATIVE, ask, frame, login, read_reply, read_to_end, upgrade,
+};
 use front_support::tokens::claims;
-use front_support::{Lab, NAME, PATIENCE, Setup};
-use futures_util::{SinkExt, StreamExt};
-use rvpn_gateway::auth::Gate;
-use rvpn_gateway::tls::Tls;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use front_support::{Lab, NAME, PATIENCE};
+use futures_util::StreamExt;
+use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;

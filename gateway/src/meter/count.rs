@@ -126,7 +126,7 @@ impl Side {
     }
 }
 
-/// Totals of a session, kept by its task and published by [`Row::publish`].
+/// Totals of a session, kept by its task and published by `Row::publish`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Client to Internet.
