@@ -209,9 +209,10 @@ fn exercise(
         let _ = nat.inbound(packet, &parsed, sum);
         let _ = rebuild(packet, &parsed, offload);
         let _ = finish_checksum(packet, &parsed);
-        if let Ok(mut segments) = Segments::new(packet, &parsed, offload) {
+        out[..packet.len()].copy_from_slice(packet);
+        if let Ok(mut segments) = Segments::new(&mut out[..packet.len()], &parsed, offload) {
             let mut written = 0;
-            while let Some(segment) = segments.write(out) {
+            while let Some(segment) = segments.cut() {
                 written += segment.len();
                 if written > 1 << 20 {
                     break;
