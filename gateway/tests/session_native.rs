@@ -137,7 +137,7 @@ async fn nat_10_errors_about_a_clients_packets_reach_it_in_its_own_terms() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_client_may_not_send_is_counted_and_goes_nowhere() {
+async fn spf_23_what_a_client_may_not_send_is_counted_and_goes_nowhere() {
     let lab = Lab::new(1).await;
     let (mut client, _) = join(&lab, hello("phone")).await;
     let device = lab.device(0);
