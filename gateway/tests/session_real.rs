@@ -9,7 +9,7 @@ mod session_support;
 
 use std::io::{Read, Write};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rvpn_gateway::admit::{Admission, Kind, Sessions as _, TokenId};
@@ -370,12 +370,21 @@ fn what_is_joined_for_the_device_arrives_as_it_was_sent() {
                 assert!(back == expected[..4000], "the stream from {far}");
             }
             let id = gateway.shared.hub.cards()[0].id;
-            let usage = gateway.shared.meter.usage();
-            let row = usage.iter().find(|(_, u)| u.session == id).unwrap();
-            assert_eq!(row.1.totals.drops(), 0);
-            // Two handshakes, and every segment and datagram by itself.
+            // Two handshakes, and every segment and datagram by itself; counted
+            // when the turn is over.
             let packets = 2 * 2 + 4 * u64::from(COUNT);
-            assert_eq!(row.1.totals.outbound.packets, packets);
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let usage = gateway.shared.meter.usage();
+                let row = usage.iter().find(|(_, u)| u.session == id).unwrap();
+                let totals = row.1.totals;
+                assert_eq!(totals.drops(), 0);
+                if totals.outbound.packets == packets {
+                    break;
+                }
+                assert!(Instant::now() < deadline, "{totals:?}");
+                tokio::task::yield_now().await;
+            }
         },
         |_| unreachable!(),
     );
