@@ -284,6 +284,8 @@ impl Session {
                 speech,
                 stream,
                 waiting: VecDeque::new(),
+                padding: Vec::new(),
+                noise: Vec::new(),
             },
             v4: Ipv4Addr::new(127, 0, 1, 2),
             v6: None,
@@ -465,6 +467,8 @@ pub struct Receiver {
     speech: Speech,
     stream: SplitStream<Socket>,
     waiting: VecDeque<(Bytes, Offload)>,
+    padding: Vec<usize>,
+    noise: Vec<usize>,
 }
 
 /// What came.
@@ -529,15 +533,27 @@ impl Receiver {
             }
             Speech::Padded => {
                 if data.first().is_none_or(|first| *first == 0) {
+                    self.noise.push(data.len());
                     return Some(Event::Noise);
                 }
                 let prefix = u16::from_be_bytes([data[0], data[1]]);
                 assert!(prefix & 0x8000 != 0, "a length: {data:02x?}");
                 let end = 2 + usize::from(prefix & 0x7fff);
                 assert!(data[end..].iter().all(|b| *b == 0), "padding: {data:02x?}");
+                self.padding.push(data.len() - end);
                 Some(Event::Packet(data.slice(2..end), Offload::NONE))
             }
         }
+    }
+
+    /// Padding bytes of every message of the padded dialect so far.
+    pub fn padding(&self) -> &[usize] {
+        &self.padding
+    }
+
+    /// Bytes of every message of noise so far.
+    pub fn noise(&self) -> &[usize] {
+        &self.noise
     }
 
     /// The next packet, past noise and control messages.
