@@ -7,6 +7,7 @@
 
 pub mod attack;
 pub mod capture;
+pub mod gateway;
 pub mod helper;
 pub mod naive;
 pub mod ns;
@@ -14,11 +15,16 @@ pub mod packet;
 pub mod probe;
 pub mod raw;
 pub mod read_back;
+pub mod scene;
 pub mod stage;
+pub mod sums;
+pub mod token;
 pub mod topology;
+pub mod tunnel_client;
 
 use std::time::{Duration, Instant};
 
+pub use gateway::Gateway;
 pub use helper::{Helper, Tunnel};
 pub use ns::Ns;
 pub use topology::Lab;
