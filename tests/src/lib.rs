@@ -9,6 +9,7 @@ pub mod attack;
 pub mod capture;
 pub mod gateway;
 pub mod helper;
+pub mod machine;
 pub mod naive;
 pub mod ns;
 pub mod packet;
