@@ -6,6 +6,7 @@
 //! was seen to arrive (a fence).
 
 pub mod attack;
+pub mod bulk;
 pub mod capture;
 pub mod gateway;
 pub mod helper;

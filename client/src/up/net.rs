@@ -13,6 +13,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
+use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
 use netlink_packet_route::AddressFamily;
@@ -24,6 +25,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 use rvpn_proto::control::Prefix;
+use tokio::time::sleep;
 
 use crate::fail::{Outcome, While as _};
 
@@ -40,6 +42,10 @@ const OURS: RouteProtocol = RouteProtocol::Other(0x72);
 const FIRST: u32 = 5200;
 /// Of a route that is used when there is no other.
 const LAST_RESORT: u32 = u32::MAX;
+
+/// How often, and how long between, a route is looked for that must come.
+const ROUTE_TRIES: u32 = 300;
+const ROUTE_WAIT: Duration = Duration::from_millis(10);
 
 /// What goes where.
 #[derive(Clone, Debug)]
@@ -155,9 +161,22 @@ impl Net {
                 RouteScope::Host
             } else {
                 RouteScope::Universe
-            });
-        let removed = self.handle.route().del(everywhere.build()).execute().await;
-        removed.while_doing(format_args!("hide {address} from neighbours"))
+            })
+            .build();
+        // The kernel gives an IPv6 address its route a moment later.
+        let mut tries = 0;
+        loop {
+            let removed = self.handle.route().del(everywhere.clone()).execute().await;
+            match removed {
+                Err(error) if is_gone(&error) && tries < ROUTE_TRIES => {
+                    tries += 1;
+                    sleep(ROUTE_WAIT).await;
+                }
+                done => {
+                    return done.while_doing(format_args!("hide {address} from neighbours"));
+                }
+            }
+        }
     }
 
     async fn dead_end(&self, prefix: Prefix) -> Outcome {
