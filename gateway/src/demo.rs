@@ -149,17 +149,27 @@ impl Guest {
     fn note(&self, counted: &Counted, what: &'static str) {
         let Counted { read, written } = counted;
         match self.anonymous {
-            true => debug!(bytes_read = read, bytes_written = written, what),
-            false => info!(bytes_read = read, bytes_written = written, what),
+            true => debug!(bytes_read = read, bytes_written = written, "{what}"),
+            false => info!(bytes_read = read, bytes_written = written, "{what}"),
         }
     }
 
     /// A message as its bytes: as text it could pretend to be other lines.
-    fn note_message(&self, counted: &Counted, message: &[u8]) {
+    fn note_message(&self, counted: &Counted, bytes: &[u8]) {
         let Counted { read, written } = counted;
         match self.anonymous {
-            true => debug!(bytes_read = read, bytes_written = written, ?message),
-            false => info!(bytes_read = read, bytes_written = written, ?message),
+            true => debug!(
+                bytes_read = read,
+                bytes_written = written,
+                ?bytes,
+                "message"
+            ),
+            false => info!(
+                bytes_read = read,
+                bytes_written = written,
+                ?bytes,
+                "message"
+            ),
         }
     }
 

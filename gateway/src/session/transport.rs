@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -139,11 +139,21 @@ impl Socket {
             return;
         }
         // Whatever still arrives is of no interest, only that it ends.
-        while self.next().await.is_ok() {}
-        // Nor is the rest of a message that was refused; but a socket closed with
-        // something unread in it resets, and takes the farewell with it.
-        let mut rest = [0; 1024];
-        while matches!(self.inner.get_mut().read(&mut rest).await, Ok(n) if n > 0) {}
+        loop {
+            match self.next().await {
+                Ok(Incoming::Close { .. }) | Err(Broken::Lost) => return,
+                Ok(_) => {}
+                Err(Broken::Protocol | Broken::TooBig) => break,
+            }
+        }
+        // Nor is what can no longer be told apart, such as the rest of a message
+        // that was refused; but a socket closed with something unread in it
+        // resets, and takes the farewell with it.
+        let stream = self.inner.get_mut();
+        if stream.shutdown().await.is_ok() {
+            let mut rest = [0; 1024];
+            while matches!(stream.read(&mut rest).await, Ok(n) if n > 0) {}
+        }
     }
 }
 
