@@ -1,13 +1,18 @@
 //! The gateway's program in its namespace, as somebody would run it.
 
 use std::fs::{self, File, Permissions};
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rvpn_lab::ns::Daemon;
 use rvpn_lab::topology::{GW4, GW6, many_uids};
 use rvpn_lab::{Helper, Lab, wait_until};
+use serde_json::json;
 
 use crate::front_support::NAME;
 use crate::front_support::tokens::Signer;
@@ -75,6 +80,29 @@ impl Gateway {
     /// `kill -9`.
     pub(crate) fn kill(&mut self) {
         self.daemon = None;
+    }
+
+    /// Ends it in order, as a service manager does.
+    pub(crate) fn stop(&mut self) {
+        let mut daemon = self.daemon.take().unwrap();
+        let pid = i32::try_from(daemon.child.id()).unwrap();
+        kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
+        assert!(daemon.child.wait().unwrap().success(), "{}", self.log());
+    }
+
+    /// Takes an account's access back by the operators' API.
+    pub(crate) fn revoke(&self, account: &str) {
+        let mut io = UnixStream::connect(self.dir.join("admin.sock")).unwrap();
+        let body = json!({"scope": "subject", "value": account}).to_string();
+        let request = format!(
+            "POST /api/v1/revocations HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        io.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        io.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 20"), "{answer}");
     }
 
     pub(crate) fn log(&self) -> String {

@@ -214,3 +214,29 @@ fn a_lost_connection_comes_back_to_its_lease_by_the_ticket() {
     let summary = browser.text("summary");
     assert!(summary.starts_with("2 sent, 2 received"), "{summary}");
 }
+
+#[test]
+fn a_goodbye_is_done_as_it_says() {
+    let lab = Lab::new();
+    let helper = Helper::serving(&lab, "linger = 60\n");
+    let mut gateway = Gateway::start(&lab, &helper, "");
+    let laptop = lab.client("laptop", 10);
+    let browser = Browser::start(&lab, &laptop);
+    browser.open(&page());
+    connect(&browser, &gateway.ops.good());
+    browser.until(&format!("{STATE} === 'on'"));
+    // A planned restart says when to come back, and the page does.
+    gateway.stop();
+    browser.until(&format!("{STATE} === 'waiting'"));
+    gateway.run(&lab);
+    browser.until("document.getElementById('status').textContent === 'Connected again.'");
+    // Access that is taken back ends it for good.
+    gateway.revoke("alice");
+    browser.until(&format!("{STATE} === 'failed'"));
+    let status = browser.text("status");
+    assert_eq!(status, "The gateway ended the session: access was revoked.");
+    connect(&browser, &gateway.ops.good());
+    browser.until(&format!("{STATE} === 'failed'"));
+    browser
+        .until("document.getElementById('status').textContent.includes('not accept this token')");
+}
