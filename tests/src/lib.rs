@@ -18,6 +18,7 @@ pub mod read_back;
 pub mod scene;
 pub mod stage;
 pub mod sums;
+pub mod tcp_watch;
 pub mod token;
 pub mod topology;
 pub mod tunnel_client;
