@@ -85,6 +85,19 @@ pub fn finish(p: &mut [u8]) {
     p[at..at + 2].copy_from_slice(&sum.to_be_bytes());
 }
 
+/// Makes the sum of a changed packet right again, or right as far as a partial
+/// one goes. A fragment is left alone.
+pub fn repair(p: &mut [u8], partial: bool) {
+    if transport(p).is_none_or(|(protocol, _)| field(protocol).is_none()) {
+        return;
+    }
+    if partial {
+        make_partial(p);
+    } else {
+        finish(p);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
