@@ -15,6 +15,7 @@ pub mod packet;
 pub mod probe;
 pub mod raw;
 pub mod read_back;
+pub mod relay;
 pub mod rogue;
 pub mod scene;
 pub mod stage;
