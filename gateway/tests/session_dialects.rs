@@ -128,7 +128,7 @@ async fn the_text_dialects_announce_the_lease_and_carry_its_addresses() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_kernels_own_chatter_stays_out_of_a_tunnel() {
+async fn spf_13_the_kernels_own_chatter_stays_out_of_a_tunnel() {
     let lab = Lab::new(2).await;
     let (_first, mut client) = come(&lab, Dialect::TextDual, Padding::NONE).await;
     client.text().await;

@@ -182,6 +182,7 @@ impl Protocol for Native {
             lease: place.lease_pair(),
             mtu,
             offload,
+            device: place.reply.offload,
         };
         let seed = random::<16>()?;
         let desk = Desk::new(self.runtime.clone(), place.answers.clone());
