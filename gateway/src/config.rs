@@ -4,6 +4,7 @@
 //! that a slip of the pen never silently means the default.
 
 pub(crate) mod check;
+mod demo;
 mod nearest;
 mod net;
 mod raw;
@@ -48,6 +49,10 @@ pub struct Config {
     pub legacy: Vec<Legacy>,
     /// Paths of older clients.
     pub dialects: Vec<Arc<Dialect>>,
+    /// Whether browsers find the client page.
+    pub page: bool,
+    /// The first demonstration's endpoint; none unless asked for.
+    pub demo: Option<Demo>,
     /// Bounds.
     pub limits: Limits,
     /// About sessions.
@@ -199,6 +204,17 @@ pub struct Dialect {
     pub class: Class,
     /// What hides lengths and silences.
     pub padding: Padding,
+}
+
+/// The first demonstration: a text to everybody who listens, every few seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demo {
+    /// Whether a token is not needed.
+    pub anonymous: bool,
+    /// The time between two texts.
+    pub every: Duration,
+    /// How many may listen at once.
+    pub clients: usize,
 }
 
 /// Bounds on what others can make us hold or do.

@@ -12,7 +12,7 @@ use rvpn_proto::dialect::{Dialect as Variant, Noise, Padding};
 use super::raw::{self, Raw};
 use super::{
     AdminAddress, Algorithm, CertificateFiles, Config, Dialect, HelperSettings, Key, KeySource,
-    Legacy, Limits, Listener, Log, Mode, Names, Network, Secret, SessionSettings, host_of,
+    Legacy, Limits, Listener, Log, Mode, Names, Network, Secret, SessionSettings, demo, host_of,
 };
 
 /// Where the system keeps the certificates that everybody believes.
@@ -25,7 +25,7 @@ const SECRET_LEN: usize = 32;
 /// Names that end up in tables, logs and links.
 const NAME_LEN: usize = 128;
 
-type Checked<T> = Result<T, String>;
+pub(super) type Checked<T> = Result<T, String>;
 
 pub(super) fn check(
     raw: Raw,
@@ -73,6 +73,7 @@ pub(super) fn check(
         .into_iter()
         .map(|d| dialect(d, &legacy).map(Arc::new))
         .collect::<Checked<Vec<_>>>()?;
+    let demo = demo::check(&raw.demo, &dialects)?;
     let allowed_origins = raw
         .allowed_origins
         .into_iter()
@@ -108,6 +109,8 @@ pub(super) fn check(
         keys,
         legacy,
         dialects,
+        page: matches!(raw.page, raw::Switch::On),
+        demo,
         limits: limits(&raw.limits)?,
         session: session(raw.session)?,
         log: Log {

@@ -19,6 +19,8 @@ pub(super) struct Raw {
     #[serde(default)]
     pub(super) sandbox: Switch,
     #[serde(default)]
+    pub(super) page: Switch,
+    #[serde(default)]
     pub(super) listener: Vec<Listener>,
     pub(super) tls: Option<Tls>,
     #[serde(default)]
@@ -31,6 +33,8 @@ pub(super) struct Raw {
     pub(super) legacy: Vec<Legacy>,
     #[serde(default)]
     pub(super) dialect: Vec<Dialect>,
+    #[serde(default)]
+    pub(super) demo: Demo,
     #[serde(default)]
     pub(super) limits: Limits,
     #[serde(default)]
@@ -179,6 +183,17 @@ pub(super) struct Limits {
     pub(super) login_failures: Option<u32>,
     pub(super) login_seconds: Option<u64>,
     pub(super) drain_seconds: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Demo {
+    #[serde(default)]
+    pub(super) echo: bool,
+    #[serde(default)]
+    pub(super) anonymous: bool,
+    pub(super) every_seconds: Option<u64>,
+    pub(super) clients: Option<usize>,
 }
 
 #[derive(Debug, Default, Deserialize)]
