@@ -225,18 +225,17 @@ async fn f_12_header_checksum_and_hops_are_checked_and_fragments_left_to_the_ker
     let mut client = lab
         .admit(guest(&lab, Dialect::SnatRaw, Padding::NONE))
         .await;
-    lab.fake.await_slot(0, SlotState::Leased);
     // The first source is given the address that it has already.
     let own = "10.64.0.2";
+    let last = packet::with_ttl(packet::udp(own, 1, FAR4, 2, b""), 1);
+    client.send(last.clone()).await;
+    let device = lab.device(0);
+    assert_eq!(device.read(), last, "whose answer is the kernel's");
     let mut wrong = packet::udp(own, 1, FAR4, 2, b"");
     wrong[10] ^= 1;
     refused(&lab, &mut client, wrong, DropReason::Checksum).await;
     let expired = packet::with_ttl(packet::udp(own, 1, FAR4, 2, b""), 0);
     refused(&lab, &mut client, expired, DropReason::HopLimit).await;
-    let device = lab.device(0);
-    let last = packet::with_ttl(packet::udp(own, 1, FAR4, 2, b""), 1);
-    client.send(last.clone()).await;
-    assert_eq!(device.read(), last, "whose answer is the kernel's");
     for fragment in packet::fragments(&packet::udp(own, 1, FAR4, 2, &[7; 100]), 64) {
         client.send(fragment.clone()).await;
         assert_eq!(device.read(), fragment);
