@@ -31,6 +31,7 @@ pub struct Gateway {
     ns: File,
     pub dir: PathBuf,
     ops: Signer,
+    environment: Vec<(String, String)>,
 }
 
 impl Gateway {
@@ -58,9 +59,24 @@ impl Gateway {
                 .run(|| File::open("/proc/thread-self/ns/net").expect("namespace")),
             dir,
             ops,
+            environment: Vec::new(),
         };
         gateway.configure(helper, extra);
         gateway
+    }
+
+    /// Sets what its program finds in its environment.
+    pub fn environment(&mut self, variables: &[(&str, &str)]) {
+        let owned = variables
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        self.environment = owned.collect();
+    }
+
+    /// Starts one that was prepared.
+    pub fn launch_ready(&mut self) {
+        self.launch();
+        self.until_ready();
     }
 
     /// Writes the configuration anew, for the next start or SIGHUP.
@@ -99,6 +115,7 @@ impl Gateway {
         let mut command = Command::new(bin("rvpn-gateway"));
         command
             .env_clear()
+            .envs(self.environment.iter().cloned())
             .arg("--config")
             .arg(self.dir.join("gateway.toml"))
             .stdin(Stdio::null())

@@ -164,7 +164,7 @@ impl Protocol for Native {
             }),
             mtu: mtu.into(),
             dns: self.settings.dns.clone(),
-            routes: vec![Prefix::ALL_V4, Prefix::ALL_V6],
+            routes: self.settings.routes.clone(),
             ticket,
             keepalive_s: u16::try_from(self.keepalive.as_secs()).unwrap_or(u16::MAX),
             limits: Limits {
