@@ -2,12 +2,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -32,6 +34,8 @@ pub struct Gateway {
     pub dir: PathBuf,
     ops: Signer,
     environment: Vec<(String, String)>,
+    /// The public port, when somebody else holds it.
+    held: Option<TcpListener>,
 }
 
 impl Gateway {
@@ -60,9 +64,15 @@ impl Gateway {
             dir,
             ops,
             environment: Vec::new(),
+            held: None,
         };
         gateway.configure(helper, extra);
         gateway
+    }
+
+    /// Holds the public port for it, as a service manager does.
+    pub fn hold_port(&mut self, lab: &Lab) {
+        self.held = Some(lab.gw.tcp("[::]:443"));
     }
 
     /// Sets what its program finds in its environment.
@@ -112,7 +122,21 @@ impl Gateway {
         // Tells the lines of this start from those of the one before.
         let mut marked = log.try_clone().expect("log");
         writeln!(marked, "{MARK}").expect("log");
-        let mut command = Command::new(bin("rvpn-gateway"));
+        let mut command = match &self.held {
+            None => Command::new(bin("rvpn-gateway")),
+            Some(port) => {
+                // The variable must name the program's own process.
+                let mut command = Command::new("/bin/sh");
+                let fd = port.as_raw_fd();
+                fcntl(port, FcntlArg::F_SETFD(FdFlag::empty())).expect("inheritable");
+                let script = format!(
+                    "exec 3<&{fd} {fd}<&-; LISTEN_PID=$$ LISTEN_FDS=1 exec {} \"$@\"",
+                    bin("rvpn-gateway").display()
+                );
+                command.args(["-c", &script, "rvpn-gateway"]);
+                command
+            }
+        };
         command
             .env_clear()
             .envs(self.environment.iter().cloned())

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rvpn_proto::control::{
-    self, Hello, KEEPALIVE, KEEPALIVE_MAX, Limits, Message as Control, OFFLOAD, Pair, Prefix,
-    Stage, Ticket, Welcome,
+    self, Hello, KEEPALIVE, KEEPALIVE_MAX, Limits, Message as Control, OFFLOAD, Pair, Stage,
+    Ticket, Welcome,
 };
 use tokio::runtime::Handle;
 use tokio::time::timeout;
