@@ -130,6 +130,25 @@ fn a_super_packet_is_cut_in_place_into_what_a_card_sends() {
 }
 
 #[test]
+fn f_10_segments_are_made_where_the_packet_lies() {
+    for flow in flows() {
+        let mut packet = flow.packet(1, ACK, 1, &noise(1, 5000));
+        make_partial(&mut packet);
+        let parsed = parse(&packet).unwrap();
+        let payloads = packet.as_ptr_range();
+        let headers = parsed.header_len();
+        let mut cut = Segments::new(&mut packet, &parsed, super_offload(flow, 1000)).unwrap();
+        let mut n = 0;
+        while let Some(segment) = cut.cut() {
+            let there = payloads.start.wrapping_add(headers + n * 1000);
+            assert_eq!(segment[headers..].as_ptr(), there, "segment {n} was copied");
+            n += 1;
+        }
+        assert_eq!(n, 5);
+    }
+}
+
+#[test]
 fn a_packet_that_is_no_super_packet_is_its_only_segment() {
     for flow in flows() {
         let finished = flow.packet(1, ACK, 1, b"payload");
