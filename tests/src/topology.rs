@@ -155,14 +155,26 @@ impl Lab {
     pub fn client(&self, name: &'static str, n: u8) -> Ns {
         assert!((10..=99).contains(&n), "below 10 are the lab's own");
         let ns = Ns::new(name);
+        self.plug(&ns, n);
+        ns
+    }
+}
+
+impl Lab {
+    /// Takes a client's cable away, with its addresses and routes.
+    pub fn unplug(&self, client: &Ns) {
+        client.ip("link del wan0");
+    }
+
+    /// Plugs a client in again, as another host.
+    pub fn plug(&self, client: &Ns, n: u8) {
         attach(
             &self.wire,
-            &ns,
+            client,
             &format!("1.1.1.{n}"),
             &format!("2606:4700:4700::{n}"),
         );
-        lead_out(&ns);
-        ns
+        lead_out(client);
     }
 }
 
