@@ -20,7 +20,7 @@ mod pump;
 mod wire;
 
 pub(crate) use self::control::{down, status};
-pub(crate) use self::net::may_change;
+pub(crate) use self::net::{MARK, may_change};
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -53,6 +53,11 @@ pub(crate) async fn run(args: Up) -> Outcome {
         true => detach().await,
         false => parent::run(args).await,
     }
+}
+
+/// Whether one is up on this machine.
+pub(crate) async fn is_up() -> bool {
+    matches!(control::ask("status").await, Ok(Some(_)))
 }
 
 /// Starts the same in the background and waits until it is connected.

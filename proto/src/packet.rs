@@ -51,6 +51,8 @@ pub mod tcp_flag {
 pub(crate) const V4_HEADER: usize = 20;
 pub(crate) const V6_HEADER: usize = 40;
 pub(crate) const TCP_HEADER: usize = 20;
+/// With all the options there is room for.
+pub(crate) const TCP_HEADER_MOST: usize = 60;
 pub(crate) const UDP_HEADER: usize = 8;
 const ICMP_HEADER: usize = 8;
 const FRAGMENT_HEADER: usize = 8;

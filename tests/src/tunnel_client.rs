@@ -14,7 +14,7 @@ use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use rustls::pki_types::ServerName;
 use rvpn_proto::control::{Hello, Message as Control, OFFLOAD, PATH, SUBPROTOCOL, Stage, Welcome};
-use rvpn_proto::record::{Offload, Reader, append};
+use rvpn_proto::record::{MESSAGE_LIMIT, Offload, Reader, append};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
@@ -428,6 +428,28 @@ impl Sender {
 
     pub async fn flush(&mut self) {
         self.sink.flush().await.expect("send");
+    }
+
+    /// Several packets, in as few messages as this client may.
+    pub async fn feed_all(&mut self, packets: &[Vec<u8>]) {
+        if !matches!(self.speech, Speech::Native { .. }) {
+            for packet in packets {
+                self.feed(packet, Offload::NONE).await;
+            }
+            return;
+        }
+        let mut message = Vec::new();
+        for packet in packets {
+            if message.len() + 8 + packet.len() > MESSAGE_LIMIT {
+                let full = Message::binary(std::mem::take(&mut message));
+                self.sink.feed(full).await.expect("send");
+            }
+            append(&mut message, packet, Offload::NONE).expect("a packet");
+        }
+        self.sink
+            .feed(Message::binary(message))
+            .await
+            .expect("send");
     }
 
     /// Any message at all.

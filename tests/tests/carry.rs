@@ -1,5 +1,8 @@
 //! Long transfers through `rvpn up`, and what happens around them.
 
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rvpn_lab::bulk::{Way, size, start};
@@ -156,19 +159,40 @@ fn a_killed_gateway_costs_a_download_three_seconds() {
     assert!(billed > bytes, "{billed} of {bytes} and headers");
 }
 
-/// A planned restart: new connections wait for the listener, none is refused.
+/// A planned restart, with the port held by the service manager: whoever comes
+/// meanwhile waits for an answer, and gets one.
 #[test]
-fn a_planned_restart_keeps_the_lease() {
+fn a_planned_restart_keeps_the_lease_and_refuses_nobody() {
     let lab = Lab::new();
     let helper = Helper::serving(&lab, "linger = 60\n");
-    let mut gateway = Gateway::start(&lab, &helper, "");
+    let mut gateway = Gateway::prepared(&lab, &helper, "");
+    gateway.hold_port(&lab);
+    gateway.launch_ready();
     let phone = Machine::joined(&lab, &gateway, "phone", 10);
     let up = phone.up(&["--no-dns"]);
     let slot = sessions(&lab, &gateway)["slot"].clone();
     let bytes = 4 * size();
     let transfer = start(&phone.ns, &lab.up, UP6, 9000, Way::Upload, bytes);
     wait_until("the upload runs", || transfer.progress.bytes() > bytes / 8);
-    gateway.restart();
+    let other = lab.client("other", 20);
+    let over = AtomicBool::new(false);
+    let (over, at) = (&over, gateway.address());
+    let came = std::thread::scope(|s| {
+        let visitors = s.spawn(|| {
+            let mut came = 0;
+            // From before the restart until after it.
+            while !over.load(Ordering::Relaxed) {
+                other.run(|| visit(at));
+                came += 1;
+            }
+            came
+        });
+        gateway.restart();
+        wait_until("the client is back", || phone.status()["reconnects"] == 1);
+        over.store(true, Ordering::Relaxed);
+        visitors.join().expect("every visitor was answered")
+    });
+    assert!(came > 10, "{came} visitors");
     transfer.whole(bytes);
     assert_eq!(sessions(&lab, &gateway)["slot"], slot);
     assert!(
@@ -177,4 +201,19 @@ fn a_planned_restart_keeps_the_lease() {
         up.log()
     );
     up.down();
+}
+
+/// A stranger's TLS greeting, and the first byte of an answer to it.
+fn visit(at: SocketAddr) {
+    let mut stream = TcpStream::connect(at).expect("not refused");
+    stream
+        .set_read_timeout(Some(rvpn_lab::PATIENCE))
+        .expect("timeout");
+    // A record that is no greeting is answered with an alert.
+    stream
+        .write_all(&[22, 3, 1, 0, 4, 9, 9, 9, 9])
+        .expect("taken");
+    let mut answer = [0];
+    stream.read_exact(&mut answer).expect("an answer");
+    assert_eq!(answer, [21], "an alert");
 }

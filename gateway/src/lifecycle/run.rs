@@ -194,6 +194,7 @@ async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, F
     let settings = Settings {
         ticket_life: config.session.ticket_life,
         dns: config.session.dns.clone(),
+        routes: config.session.routes.clone(),
     };
     Ok(Shared::new(
         cores,

@@ -62,8 +62,8 @@ pub(crate) fn drop_privileges(config: &Config) -> io::Result<()> {
             other => other?,
         }
         let (uid, gid) = (
-            Uid::from_raw(config.helper_uid),
-            Gid::from_raw(config.helper_gid),
+            Uid::from_raw(config.helper.uid),
+            Gid::from_raw(config.helper.gid),
         );
         setresgid(gid, gid, gid)?;
         setresuid(uid, uid, uid)?;
