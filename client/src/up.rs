@@ -22,7 +22,8 @@ mod rules;
 mod wire;
 
 pub(crate) use self::control::{down, status};
-pub(crate) use self::net::{MARK, may_change};
+pub(crate) use self::net::may_change;
+pub(crate) use self::rules::MARK;
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
