@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rvpn_ipc::Class;
+use rvpn_proto::control::Prefix;
 use rvpn_proto::dialect::{Dialect as Variant, Padding};
 
 pub use self::net::{Names, Network, host_of};
@@ -246,6 +247,8 @@ pub struct SessionSettings {
     pub ticket_life: Duration,
     /// Resolvers for clients.
     pub dns: Vec<IpAddr>,
+    /// Destinations that clients are told to send here.
+    pub routes: Vec<Prefix>,
     /// Data threads; 0 is one per CPU.
     pub cores: usize,
     /// Whether each is kept on a CPU.

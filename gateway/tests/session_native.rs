@@ -293,7 +293,7 @@ async fn a_client_without_offload_gets_finished_segments() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_ticket_leads_back_to_the_lease_and_only_once() {
+async fn aut_20_a_ticket_leads_back_to_the_lease_and_only_once() {
     let lab = Lab::new(3).await;
     let (client, welcome) = join(&lab, hello("phone")).await;
     let first = welcome.ticket.unwrap().ticket;

@@ -82,6 +82,7 @@ fn as_gateway<F: Future<Output = ()>>(
                 let settings = Settings {
                     ticket_life: Duration::from_secs(3600),
                     dns: Vec::new(),
+                    routes: Vec::new(),
                 };
                 let shared = Shared::new(
                     Cores::start(2, false).unwrap(),

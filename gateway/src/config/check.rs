@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rvpn_proto::control;
+use rvpn_proto::control::{self, Prefix};
 use rvpn_proto::dialect::{Dialect as Variant, Noise, Padding};
 
 use super::raw::{self, Raw};
@@ -466,6 +466,9 @@ fn limits(raw: &raw::Limits) -> Checked<Limits> {
     Ok(limits)
 }
 
+/// What a welcome can hold.
+const ROUTES: usize = 256;
+
 fn session(raw: raw::Session) -> Checked<SessionSettings> {
     let ticket = raw.ticket_seconds.unwrap_or(24 * 3600);
     if !(1..=30 * 24 * 3600).contains(&ticket) {
@@ -475,9 +478,23 @@ fn session(raw: raw::Session) -> Checked<SessionSettings> {
     if cores > 256 {
         return Err("session: cores must be at most 256; 0 is one per CPU".to_owned());
     }
+    let routes = match raw.routes {
+        None => vec![Prefix::ALL_V4, Prefix::ALL_V6],
+        Some(texts) => texts
+            .iter()
+            .map(|t| {
+                t.parse()
+                    .map_err(|e| format!("session: routes: '{t}': {e}"))
+            })
+            .collect::<Checked<Vec<Prefix>>>()?,
+    };
+    if routes.len() > ROUTES {
+        return Err(format!("session: at most {ROUTES} routes are suggested"));
+    }
     Ok(SessionSettings {
         ticket_life: Duration::from_secs(ticket),
         dns: raw.dns,
+        routes,
         cores,
         pin: raw.pin.unwrap_or(false),
     })

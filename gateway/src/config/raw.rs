@@ -202,6 +202,7 @@ pub(super) struct Session {
     pub(super) ticket_seconds: Option<u64>,
     #[serde(default)]
     pub(super) dns: Vec<IpAddr>,
+    pub(super) routes: Option<Vec<String>>,
     pub(super) cores: Option<usize>,
     pub(super) pin: Option<bool>,
 }

@@ -40,6 +40,8 @@ const TICKET_FILE: &str = "ticket.key";
 const CONTROL_THREADS: usize = 2;
 /// How long the helper may take to come up beside us.
 const HELPER_WAIT: Duration = Duration::from_secs(10);
+/// How long connections without a login may go on at a shutdown.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 pub(super) fn run(prepared: Prepared) -> Result<(), Failure> {
     let config = &prepared.config;
@@ -128,6 +130,7 @@ async fn serve(
     let deadline = Instant::now() + config.limits.drain_time;
     sessions.drain(config.limits.drain_time).await;
     let left = connections_left(&front.gate, deadline).await;
+    strangers_left(&front).await;
     if left > 0 {
         warn!(
             connections = left,
@@ -139,6 +142,16 @@ async fn serve(
     tasks.shutdown().await;
     info!("done");
     Ok(())
+}
+
+/// Lets whoever has just come hear an answer. Those who say nothing do not hold
+/// the shutdown up.
+async fn strangers_left(front: &Front) {
+    let mut look = interval(Duration::from_millis(10));
+    let deadline = Instant::now() + LAST_ANSWERS;
+    while front.pending.count() > 0 && Instant::now() < deadline {
+        look.tick().await;
+    }
 }
 
 /// Waits until all connections are closed: a session that has ended may still
@@ -194,6 +207,7 @@ async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, F
     let settings = Settings {
         ticket_life: config.session.ticket_life,
         dns: config.session.dns.clone(),
+        routes: config.session.routes.clone(),
     };
     Ok(Shared::new(
         cores,

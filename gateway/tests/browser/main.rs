@@ -6,17 +6,14 @@
 )]
 
 mod driver;
-#[path = "../front_support/mod.rs"]
-mod front_support;
-mod gateway;
 mod parts;
 
 use std::fs;
 
 use driver::Browser;
-use front_support::tokens::claims;
-use gateway::Gateway;
 use nix::mount::{MsFlags, mount};
+use rvpn_lab::gateway::Gateway;
+use rvpn_lab::token::{Signer, claims};
 use rvpn_lab::topology::{GW4, GW6};
 use rvpn_lab::{Helper, Lab, wait_until};
 use serde_json::json;
@@ -63,7 +60,7 @@ fn the_page_turns_green_pings_through_the_tunnel_and_counts() {
     browser.open(&page());
     browser.until(&format!("{STATE} === 'off'"));
     assert_eq!(browser.number("bytes-read"), 0);
-    connect(&browser, &gateway.ops.good());
+    connect(&browser, &gateway.token("alice"));
     browser.until(&format!("{STATE} === 'on'"));
     let colour = browser.script(
         "return getComputedStyle(document.querySelector('#status')).backgroundColor.match(/\\d+/g).map(Number)",
@@ -143,7 +140,7 @@ fn the_page_turns_green_pings_through_the_tunnel_and_counts() {
     browser.click("disconnect");
     browser.until(&format!("{STATE} === 'off'"));
     wait_until("the client left", || gateway.log().contains("client left"));
-    connect(&browser, &gateway.ops.good());
+    connect(&browser, &gateway.token("alice"));
     browser.until(&format!("{STATE} === 'on'"));
     browser.open("about:blank");
     wait_until("the page was left", || {
@@ -161,10 +158,10 @@ fn what_is_wrong_is_said_in_words() {
     browser.open(&page());
     let mut expired = claims("alice");
     expired["exp"] = json!(1);
-    let stranger = front_support::tokens::Signer::ed25519();
+    let stranger = Signer::new().sign("ops", &claims("alice"));
     for (token, words) in [
-        (stranger.good(), "does not accept this token"),
-        (gateway.ops.claims(&expired), "does not accept this token"),
+        (stranger, "does not accept this token"),
+        (gateway.token_with(&expired), "does not accept this token"),
         ("<b>no\u{e9}</b>".to_owned(), "This is not a token"),
     ] {
         connect(&browser, &token);
@@ -174,7 +171,7 @@ fn what_is_wrong_is_said_in_words() {
         // The next one can be entered at once.
         browser.until("!document.getElementById('connect').disabled");
     }
-    connect(&browser, &gateway.ops.good());
+    connect(&browser, &gateway.token("alice"));
     browser.until(&format!("{STATE} === 'on'"));
     // The gateway dies; the page waits and comes back by itself.
     gateway.kill();
@@ -184,7 +181,7 @@ fn what_is_wrong_is_said_in_words() {
         status.contains("lost") || status.contains("reached"),
         "{status}"
     );
-    gateway.run(&lab);
+    gateway.restart();
     browser.until(&format!("{STATE} === 'on'"));
     ping(&browser, "1.1.1.1", 1, "1");
     let summary = browser.text("summary");
@@ -201,11 +198,11 @@ fn a_lost_connection_comes_back_to_its_lease_by_the_ticket() {
     // Over IPv6 this time.
     browser.open(&format!("https://[{GW6}]/rvpn"));
     browser.until(&format!("{STATE} === 'off'"));
-    connect(&browser, &gateway.ops.good());
+    connect(&browser, &gateway.token("alice"));
     browser.until(&format!("{STATE} === 'on'"));
     gateway.kill();
     browser.until(&format!("{STATE} === 'waiting'"));
-    gateway.run(&lab);
+    gateway.restart();
     browser.until("document.getElementById('status').textContent === 'Connected again.'");
     wait_until("the lease is the one of before", || {
         gateway.log().contains("resumed=true")
@@ -223,19 +220,20 @@ fn a_goodbye_is_done_as_it_says() {
     let laptop = lab.client("laptop", 10);
     let browser = Browser::start(&lab, &laptop);
     browser.open(&page());
-    connect(&browser, &gateway.ops.good());
+    connect(&browser, &gateway.token("alice"));
     browser.until(&format!("{STATE} === 'on'"));
     // A planned restart says when to come back, and the page does.
-    gateway.stop();
+    assert!(gateway.stop().success());
     browser.until(&format!("{STATE} === 'waiting'"));
-    gateway.run(&lab);
+    gateway.restart();
     browser.until("document.getElementById('status').textContent === 'Connected again.'");
     // Access that is taken back ends it for good.
-    gateway.revoke("alice");
+    let alice = json!({"scope": "subject", "value": "alice"});
+    gateway.api("POST", "/api/v1/revocations", &alice);
     browser.until(&format!("{STATE} === 'failed'"));
     let status = browser.text("status");
     assert_eq!(status, "The gateway ended the session: access was revoked.");
-    connect(&browser, &gateway.ops.good());
+    connect(&browser, &gateway.token("alice"));
     browser.until(&format!("{STATE} === 'failed'"));
     browser
         .until("document.getElementById('status').textContent.includes('not accept this token')");

@@ -3,12 +3,12 @@
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
+use rvpn_lab::gateway::Gateway;
 use rvpn_lab::{Helper, Lab, packet, wait_until};
 use rvpn_proto::record::{Offload, append};
 use serde_json::{Value, json};
 
 use crate::driver::Browser;
-use crate::gateway::Gateway;
 use crate::{STATE, page};
 
 const PROTOCOL_MD: &str = include_str!("../../../PROTOCOL.md");
@@ -270,7 +270,7 @@ fn r_21_the_demonstration_sends_its_text_and_both_ends_count_alike() {
     browser.click("listen");
     browser.until(&format!("{state} === 'failed'"));
     assert_eq!(browser.text("demo-status"), "Enter a token above first.");
-    browser.enter("token", &gateway.ops.good());
+    browser.enter("token", &gateway.token("alice"));
     browser.click("listen");
     browser.until(&format!("{state} === 'on'"));
     browser.until("document.getElementById('demo-text').textContent === 'This is a test'");
