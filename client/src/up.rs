@@ -11,16 +11,19 @@ mod device;
 mod dial;
 mod dns;
 mod fd;
+mod half;
 pub(crate) mod journal;
 pub(crate) mod mend;
 mod net;
 mod parent;
 mod plan;
 mod pump;
+mod rules;
 mod wire;
 
 pub(crate) use self::control::{down, status};
-pub(crate) use self::net::{MARK, may_change};
+pub(crate) use self::net::may_change;
+pub(crate) use self::rules::MARK;
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -33,6 +36,9 @@ use crate::fail::{Failure, Kind, Outcome, While as _};
 
 /// How long the background process may take to connect.
 const READY: Duration = Duration::from_secs(60);
+
+/// Tells the background process that it is one; its words are those of the first.
+const BACKGROUND: &str = "RVPN_BACKGROUND";
 
 /// Begins, and stays until it is told to end.
 pub(crate) async fn run(args: Up) -> Outcome {
@@ -49,7 +55,11 @@ pub(crate) async fn run(args: Up) -> Outcome {
             state["gateway"].as_str().unwrap_or("a gateway")
         )));
     }
-    match args.detach {
+    let background = std::env::var_os(BACKGROUND).is_some();
+    if background {
+        leave_terminal();
+    }
+    match args.detach && !background {
         true => detach().await,
         false => parent::run(args).await,
     }
@@ -68,11 +78,11 @@ async fn detach() -> Outcome {
     let log = std::fs::File::create(&path).while_doing(format_args!("write {}", path.display()))?;
     let again = log.try_clone().while_doing("write the log")?;
     let words = std::env::args_os().skip(1);
-    let words = words.filter(|w| w != "-d" && w != "--detach");
     let exe = std::env::current_exe().while_doing("find this program")?;
     let mut command = Command::new(exe);
     command
         .args(words)
+        .env(BACKGROUND, "1")
         .stdin(Stdio::null())
         .stdout(log)
         .stderr(again);

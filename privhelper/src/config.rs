@@ -2,7 +2,7 @@
 //!
 //! Every refusal names the value, the reason and the remedy.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -92,6 +92,15 @@ pub(crate) struct Environment {
     pub(crate) passwd: String,
 }
 
+impl Environment {
+    pub(crate) fn new(machine_id: String, passwd: String) -> Environment {
+        Environment { machine_id, passwd }
+    }
+}
+
+/// The defaults are what the example says they are.
+const EXAMPLE: &str = include_str!("../privhelper.conf.example");
+
 /// Reads a file that nobody but root, or the user of a private namespace, can have written.
 pub(crate) fn load(path: &Path) -> Result<Config, String> {
     let shown = path.display();
@@ -101,172 +110,148 @@ pub(crate) fn load(path: &Path) -> Result<Config, String> {
     let mut file = File::open(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
     let (uid, me) = (meta.uid(), nix::unistd::geteuid().as_raw());
-    if uid != 0 && !(uid == me && confine::in_user_namespace()) {
-        return Err(format!(
-            "{shown}: owned by uid {uid}, must be root's: chown root {shown}"
-        ));
-    }
-    if meta.mode() & 0o022 != 0 {
-        return Err(format!("{shown}: others may write it: chmod go-w {shown}"));
-    }
+    let trusted = uid == 0 || uid == me && confine::in_user_namespace();
+    ensure!(
+        trusted,
+        "{shown}: owned by uid {uid}, must be root's: chown root {shown}"
+    );
+    let closed = meta.mode() & 0o022 == 0;
+    ensure!(closed, "{shown}: others may write it: chmod go-w {shown}");
     let mut text = String::new();
     file.read_to_string(&mut text).map_err(failed)?;
     let read = |p| fs::read_to_string(p).unwrap_or_default();
-    let env = Environment {
-        machine_id: read("/etc/machine-id"),
-        passwd: read("/etc/passwd"),
-    };
+    let env = Environment::new(read("/etc/machine-id"), read("/etc/passwd"));
     parse(&text, &env).map_err(|e| format!("{shown}: {e}"))
 }
 
 pub(crate) fn parse(text: &str, env: &Environment) -> Result<Config, String> {
-    let mut v = Reader::new(text)?;
-    let config = values(&mut v, env)?;
-    v.refuse_unknown()?;
+    let v = Values::read(text)?;
+    let auto = |s: &str, auto: &dyn Fn() -> Result<Net, String>| match s {
+        "auto" => auto(),
+        _ => net(s, 128),
+    };
+    let pool6 = v.get("pool6", |s| auto(s, &|| ula(env)))?;
+    let streams = pool6.at(0xffff << 64, 112);
+    let (nat_low, nat_high) = v.get("nat-range", range)?;
+    let (slots, most) = (v.get("slots", number)?, v.get("max-slots", number)?);
+    let said = v.said.contains_key("max-slots");
+    let config = Config {
+        pool4: v.get("pool4", |s| net(s, 32))?,
+        pool6,
+        stream4: v.get("stream4", |s| net(s, 32))?,
+        stream6: v.get("stream6", |s| auto(s, &|| Ok(streams)))?,
+        slots,
+        grow: v.get("grow", least(1, "would never grow: give at least 1"))?,
+        max_slots: if said { most } else { most.max(slots) },
+        helper: v.get("helper-user", |s| user(s, env))?,
+        gateway: v.get("gateway-user", |s| user(s, env))?,
+        uplink: v.get("uplink", uplink)?,
+        nat_low,
+        nat_high,
+        linger: Duration::from_secs(v.get("linger", number)?),
+        tcp_established: v.get("ct-timeout.tcp-established", number)?,
+        tcp_transitory: v.get("ct-timeout.tcp-transitory", number)?,
+        udp: v.get("ct-timeout.udp", number)?,
+        udp_replied: v.get("ct-timeout.udp-replied", number)?,
+        classes: v.classes()?,
+        mtu: v.get("mtu", least(1280, "is below 1280, the least IPv6 needs"))?,
+        txqueuelen: v.get(
+            "txqueuelen",
+            least(1, "drops every packet: give at least 1"),
+        )?,
+        socket: v.get("socket", path)?,
+        state: v.get("state", path)?,
+        link_group: v.get(
+            "link-group",
+            least(1, "is every interface's own: give another"),
+        )?,
+        offload: v.get("offload", on)?,
+    };
     check(&config)?;
     Ok(config)
 }
 
-fn values(v: &mut Reader, env: &Environment) -> Result<Config, String> {
-    let pool6 = v.get("pool6", "auto", |s| {
-        if s == "auto" { ula(env) } else { net(s, 128) }
-    })?;
-    let streams = pool6.at(0xffff << 64, 112);
-    let (nat_low, nat_high) = v.get("nat-range", "16384-32767", range)?;
-    let slots = v.get("slots", "64", number)?;
-    let config = Config {
-        pool4: v.get("pool4", "10.64.0.0/10", |s| net(s, 32))?,
-        pool6,
-        stream4: v.get("stream4", "10.63.192.0/18", |s| net(s, 32))?,
-        stream6: v.get("stream6", "auto", |s| {
-            if s == "auto" {
-                Ok(streams)
-            } else {
-                net(s, 128)
-            }
-        })?,
-        slots,
-        grow: v.get("grow", "64", least(1, "would never grow: give at least 1"))?,
-        max_slots: v.get("max-slots", &slots.max(4096).to_string(), number)?,
-        helper: v.get("helper-user", "rvpn-helper", |s| user(s, env))?,
-        gateway: v.get("gateway-user", "rvpn", |s| user(s, env))?,
-        uplink: v.get("uplink", "default", uplink)?,
-        nat_low,
-        nat_high,
-        linger: Duration::from_secs(v.get("linger", "60", number)?),
-        tcp_established: v.get("ct-timeout.tcp-established", "7200", number)?,
-        tcp_transitory: v.get("ct-timeout.tcp-transitory", "60", number)?,
-        udp: v.get("ct-timeout.udp", "30", number)?,
-        udp_replied: v.get("ct-timeout.udp-replied", "120", number)?,
-        classes: v.classes()?,
-        mtu: v.get(
-            "mtu",
-            "1500",
-            least(1280, "is below 1280, the least IPv6 needs"),
-        )?,
-        txqueuelen: v.get(
-            "txqueuelen",
-            "500",
-            least(1, "drops every packet: give at least 1"),
-        )?,
-        socket: v.get("socket", rvpn_ipc::DEFAULT_SOCKET, path)?,
-        state: v.get("state", "/run/rvpn-helper", path)?,
-        link_group: v.get(
-            "link-group",
-            "21110",
-            least(1, "is every interface's own: give another"),
-        )?,
-        offload: v.get("offload", "on", |s| match s {
-            "on" => Ok(true),
-            "off" => Ok(false),
-            _ => Err("is neither on nor off".to_owned()),
-        })?,
-    };
-    Ok(config)
-}
+/// Each key's value and the line it stands on.
+type Lines = BTreeMap<String, (usize, String)>;
 
-struct Reader {
-    /// Each key's value and the line it stands on.
-    values: BTreeMap<String, (usize, String)>,
-    /// Every key that was asked for: there is no other.
-    known: Vec<String>,
-}
-
-impl Reader {
-    fn new(text: &str) -> Result<Reader, String> {
-        let mut values = BTreeMap::new();
-        for (n, line) in (1..).zip(text.lines()) {
-            let line = line.split_once('#').map_or(line, |(l, _)| l).trim();
-            if line.is_empty() {
-                continue;
-            }
-            let Some((key, value)) = line.split_once('=') else {
-                return Err(format!("line {n}: '{line}' is not 'key = value'"));
-            };
-            let (key, value) = (key.trim(), value.trim().trim_matches('"').trim());
-            if let Some((first, _)) = values.insert(key.to_owned(), (n, value.to_owned())) {
-                return Err(format!(
-                    "line {n}: '{key}' was set on line {first} already: keep one"
-                ));
-            }
+fn lines<'a>(text: impl Iterator<Item = &'a str>) -> Result<Lines, String> {
+    let mut values = Lines::new();
+    for (n, line) in (1..).zip(text) {
+        let line = line.split_once('#').map_or(line, |(l, _)| l).trim();
+        if line.is_empty() {
+            continue;
         }
-        let known = Vec::new();
-        Ok(Reader { values, known })
+        let parts = line.split_once('=');
+        let (key, value) = parts.ok_or(format!("line {n}: '{line}' is not 'key = value'"))?;
+        let (key, value) = (key.trim(), value.trim().trim_matches('"').trim());
+        if let Some((first, _)) = values.insert(key.to_owned(), (n, value.to_owned())) {
+            let remedy = "keep one";
+            return Err(format!(
+                "line {n}: '{key}' was set on line {first} already: {remedy}"
+            ));
+        }
+    }
+    Ok(values)
+}
+
+/// `class.N.key` for N from 1 to 15: the number and the key.
+fn class_key(key: &str) -> Option<(u8, &str)> {
+    let (n, key) = key.strip_prefix("class.")?.split_once('.')?;
+    Some((n.parse().ok().filter(|n| (1..16).contains(n))?, key))
+}
+
+struct Values {
+    said: Lines,
+    defaults: Lines,
+}
+
+impl Values {
+    fn read(text: &str) -> Result<Values, String> {
+        let defaults = lines(EXAMPLE.lines().filter_map(|l| l.strip_prefix("#= ")))?;
+        let said = lines(text.lines())?;
+        let model = |key: &str| match class_key(key) {
+            Some((_, key)) => format!("class.1.{key}"),
+            None => key.to_owned(),
+        };
+        if let Some((key, (n, _))) = said.iter().find(|(k, _)| !defaults.contains_key(&model(k))) {
+            let near = defaults
+                .keys()
+                .min_by_key(|k| distance(k.as_bytes(), key.as_bytes()));
+            let near = near.map_or("", String::as_str);
+            return Err(format!(
+                "line {n}: unknown key '{key}'; did you mean '{near}'?"
+            ));
+        }
+        Ok(Values { said, defaults })
     }
 
-    fn get<T>(
-        &mut self,
-        key: &str,
-        default: &str,
-        f: impl Fn(&str) -> Result<T, String>,
-    ) -> Result<T, String> {
-        self.known.push(key.to_owned());
+    fn get<T>(&self, key: &str, f: impl Fn(&str) -> Result<T, String>) -> Result<T, String> {
         // What a class does not say is as in class 0, which the plain keys describe.
-        let plain = key.strip_prefix("class.").and_then(|k| k.split_once('.'));
-        let found = self.values.get(key).or_else(|| self.values.get(plain?.1));
-        let (place, value) = match found {
-            Some((n, v)) => (format!("line {n}"), v.as_str()),
-            None => ("default".to_owned(), default),
+        let plain = class_key(key).map_or(key, |k| k.1);
+        let said = self.said.get(key).or(self.said.get(plain));
+        let (place, value) = match said.ok_or(self.defaults.get(plain)) {
+            Ok((n, value)) => (format!("line {n}"), value.as_str()),
+            Err(default) => ("default".to_owned(), default.map_or("", |d| d.1.as_str())),
         };
         f(value).map_err(|why| format!("{place}: {key} = '{value}' {why}"))
     }
 
-    /// Class 0, and each from 1 to 15 that `class.N.key` says something about.
-    fn classes(&mut self) -> Result<Vec<Class>, String> {
-        let mut all = Vec::new();
-        for number in 0..16 {
-            let prefix = if number == 0 {
-                String::new()
-            } else {
-                format!("class.{number}.")
-            };
-            if !self.values.keys().any(|k| k.starts_with(&prefix)) && number > 0 {
-                continue;
-            }
-            let key = |name| format!("{prefix}{name}");
+    /// Class 0, and each that `class.N.key` says something about.
+    fn classes(&self) -> Result<Vec<Class>, String> {
+        let named = self.said.keys().filter_map(|k| class_key(k)).map(|k| k.0);
+        let numbers: BTreeSet<u8> = named.chain([0]).collect();
+        let class = |number| {
+            let prefix = format!("class.{number}.");
+            let key = |name| if number == 0 { String::new() } else { prefix.clone() } + name;
             let cap = least(1, "lets no flow through: give at least 1");
-            all.push(Class {
+            Ok(Class {
                 number,
-                allow: self.get(&key("allow"), "", |s| list(s, Net::from_str))?,
-                deny_ports: self.get(&key("deny-ports"), "tcp/25", |s| list(s, ports))?,
-                flow_cap: self.get(&key("flow-cap"), "1024", cap)?,
-            });
-        }
-        Ok(all)
-    }
-
-    fn refuse_unknown(&self) -> Result<(), String> {
-        let Some((key, (n, _))) = self.values.iter().find(|(k, _)| !self.known.contains(k)) else {
-            return Ok(());
+                allow: self.get(&key("allow"), |s| list(s, Net::from_str))?,
+                deny_ports: self.get(&key("deny-ports"), |s| list(s, ports))?,
+                flow_cap: self.get(&key("flow-cap"), cap)?,
+            })
         };
-        let near = self
-            .known
-            .iter()
-            .min_by_key(|k| distance(k.as_bytes(), key.as_bytes()));
-        let near = near.map_or("", String::as_str);
-        Err(format!(
-            "line {n}: unknown key '{key}'; did you mean '{near}'?"
-        ))
+        numbers.into_iter().map(class).collect()
     }
 }
 
@@ -286,31 +271,33 @@ fn distance(a: &[u8], b: &[u8]) -> usize {
 }
 
 fn number<T: FromStr>(s: &str) -> Result<T, String> {
-    s.parse()
-        .map_err(|_| "is not a number that fits here".to_owned())
+    s.parse().or(Err("is not a number that fits here".into()))
 }
 
 /// A number not below this.
 fn least<T: FromStr + PartialOrd>(low: T, why: &str) -> impl Fn(&str) -> Result<T, String> {
-    move |s| number(s).and_then(|n| if n < low { Err(why.to_owned()) } else { Ok(n) })
+    move |s| {
+        let n = number(s)?;
+        ensure!(low <= n, "{why}");
+        Ok(n)
+    }
+}
+
+fn on(s: &str) -> Result<bool, String> {
+    ensure!(["on", "off"].contains(&s), "is neither on nor off");
+    Ok(s == "on")
 }
 
 fn list<T>(s: &str, f: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
-    s.split(',')
-        .map(str::trim)
-        .filter(|w| !w.is_empty())
-        .map(f)
-        .collect()
+    let words = s.split(',').map(str::trim);
+    words.filter(|w| !w.is_empty()).map(f).collect()
 }
 
 fn net(s: &str, width: u8) -> Result<Net, String> {
     let net: Net = s.parse()?;
     let family = if width == 32 { "IPv4" } else { "IPv6" };
-    if net.width() == width {
-        Ok(net)
-    } else {
-        Err(format!("is not {family}"))
-    }
+    ensure!(net.width() == width, "is not {family}");
+    Ok(net)
 }
 
 /// FNV-1a: tells values apart, and hides nothing.
@@ -321,12 +308,14 @@ pub(crate) fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
 
 /// A private /48 that is this machine's own and the same at every start.
 fn ula(env: &Environment) -> Result<Net, String> {
-    let id = env.machine_id.trim();
-    if id.len() < 16 {
-        return Err(
-            "needs /etc/machine-id, which is missing or empty: give a /48 out of fd00::/8".into(),
-        );
-    }
+    let (id, missing) = (
+        env.machine_id.trim(),
+        "/etc/machine-id, which is missing or empty",
+    );
+    ensure!(
+        id.len() >= 16,
+        "needs {missing}: give a /48 out of fd00::/8"
+    );
     // Folded to the forty bits a private prefix has.
     let hash = hash(id.bytes().chain(*b"rvpn"));
     let global = (hash >> 40 ^ hash) & 0xff_ffff_ffff;
@@ -343,55 +332,53 @@ fn user(s: &str, env: &Environment) -> Result<User, String> {
         [name, _, uid, gid, ..] if name == s => Some((uid.parse().ok()?, gid.parse().ok()?)),
         _ => None,
     });
-    let (uid, gid) = ids.ok_or_else(|| {
-        format!("is no user here: create it (useradd --system {s}) or give a number")
-    })?;
+    let remedy = format!("create it (useradd --system {s}) or give a number");
+    let (uid, gid) = ids.ok_or(format!("is no user here: {remedy}"))?;
     Ok(User { uid, gid })
 }
 
 fn range(s: &str) -> Result<(u16, u16), String> {
-    let (low, high) = s
-        .split_once('-')
-        .ok_or("is not a range such as 16384-32767")?;
+    let ends = s.split_once('-');
+    let (low, high) = ends.ok_or("is not a range such as 16384-32767")?;
     let (low, high): (u16, u16) = (number(low.trim())?, number(high.trim())?);
-    if low < 1024 || u32::from(high) < u32::from(low) + 1023 {
-        return Err("is too small: it must hold at least 1024 ports from 1024 up".to_owned());
-    }
+    let large = low >= 1024 && u32::from(high) >= u32::from(low) + 1023;
+    ensure!(
+        large,
+        "is too small: it must hold at least 1024 ports from 1024 up"
+    );
     Ok((low, high))
 }
 
 fn ports(s: &str) -> Result<DeniedPorts, String> {
-    let parts = s.split_once('/').and_then(|(proto, span)| {
-        let (low, high) = span.split_once('-').unwrap_or((span, span));
-        Some(DeniedPorts {
-            proto: proto.to_owned(),
-            low: low.parse().ok()?,
-            high: high.parse().ok()?,
-        })
-    });
-    parts
-        .filter(|p| p.low <= p.high && ["tcp", "udp"].contains(&p.proto.as_str()))
-        .ok_or_else(|| "is not a port such as tcp/25 or udp/1-1023".to_owned())
+    let (proto, span) = s.split_once('/').unwrap_or_default();
+    let (low, high) = span.split_once('-').unwrap_or((span, span));
+    let ends = low.parse().ok().zip(high.parse().ok());
+    let known = |(low, high): &(u16, u16)| low <= high && ["tcp", "udp"].contains(&proto);
+    let bad = "is not a port such as tcp/25 or udp/1-1023";
+    let (low, high) = ends.filter(known).ok_or(bad)?;
+    let proto = proto.to_owned();
+    Ok(DeniedPorts { proto, low, high })
 }
 
 fn uplink(s: &str) -> Result<Vec<String>, String> {
-    let fits = |n: &str| n.len() < 16 && !n.contains(['/', ' ']) && plan::slot_of(n).is_none();
-    match list(s, |n| Ok(n.to_owned()))? {
-        _ if s == "default" => Ok(Vec::new()),
-        names if names.is_empty() => Err("names no interface: give one, or default".to_owned()),
-        names => match names.iter().find(|n| !fits(n)) {
-            Some(n) => Err(format!("names '{n}', which cannot be an uplink")),
-            None => Ok(names),
-        },
+    if s == "default" {
+        return Ok(Vec::new());
     }
+    let names = list(s, |n| {
+        let fits = n.len() < 16 && !n.contains(['/', ' ']) && plan::slot_of(n).is_none();
+        ensure!(fits, "names '{n}', which cannot be an uplink");
+        Ok(n.to_owned())
+    })?;
+    ensure!(
+        !names.is_empty(),
+        "names no interface: give one, or default"
+    );
+    Ok(names)
 }
 
 fn path(s: &str) -> Result<PathBuf, String> {
-    if s.starts_with('/') {
-        Ok(s.into())
-    } else {
-        Err("is not an absolute path".to_owned())
-    }
+    ensure!(s.starts_with('/'), "is not an absolute path");
+    Ok(s.into())
 }
 
 /// What the values must be to each other.
@@ -401,54 +388,41 @@ fn check(c: &Config) -> Result<(), String> {
     let last = pool6.at(0xffff << 64, 64);
     let meant = c.stream6.len >= 64 && last.overlaps(c.stream6);
     for (i, a) in own.into_iter().enumerate() {
-        let clash = |b: &&Net| a.overlaps(**b) && !(meant && a == pool6 && **b == c.stream6);
-        if let Some(b) = own[i + 1..].iter().find(clash) {
-            return Err(format!("prefixes {a} and {b} overlap: move one of them"));
+        for &b in &own[i + 1..] {
+            let apart = !a.overlaps(b) || meant && (a, b) == (pool6, c.stream6);
+            ensure!(apart, "prefixes {a} and {b} overlap: move one of them");
         }
-        if let Some(n) = c
-            .classes
-            .iter()
-            .flat_map(|k| &k.allow)
-            .find(|n| n.overlaps(a))
-        {
-            return Err(format!(
+        for n in c.classes.iter().flat_map(|k| &k.allow) {
+            let theirs = !n.overlaps(a);
+            ensure!(
+                theirs,
                 "allow = '{n}' opens {a}, the clients' own range: remove it"
-            ));
+            );
         }
     }
-    if pool6.len != 48 {
-        return Err(format!("pool6 = '{pool6}' is not a /48"));
-    }
+    ensure!(pool6.len == 48, "pool6 = '{pool6}' is not a /48");
     // Slots the IPv4 ranges number: a /24 of the pool and one stream address each.
-    let pool = if pool4.len > 24 {
-        0
-    } else {
-        1 << (24 - pool4.len)
-    };
+    let pool = 1_u64 << 24_u8.saturating_sub(pool4.len);
+    let pool = if pool4.len > 24 { 0 } else { pool };
     let room = pool
-        .min(1_u64 << (32 - stream4.len))
+        .min(1 << (32 - stream4.len))
         .min(plan::MAX_SLOTS.into());
     let (slots, most) = (c.slots, c.max_slots);
-    if u64::from(most) > room {
-        return Err(format!(
-            "max-slots = {most} does not fit: pool4 {pool4} and stream4 {stream4} have room for {room}; enlarge them or lower max-slots"
-        ));
-    }
-    if slots < 1 || slots > most {
-        return Err(format!(
-            "slots = {slots} is not from 1 to max-slots = {most}"
-        ));
-    }
+    let why = format!("pool4 {pool4} and stream4 {stream4} have room for {room}");
+    let fits = u64::from(most) <= room;
+    ensure!(
+        fits,
+        "max-slots = {most} does not fit: {why}; enlarge them or lower max-slots"
+    );
+    let fits = 1 <= slots && slots <= most;
+    ensure!(fits, "slots = {slots} is not from 1 to max-slots = {most}");
     Ok(())
 }
 
 #[cfg(test)]
 pub(crate) mod tests_support {
     pub(crate) fn example() -> super::Config {
-        let env = super::Environment {
-            machine_id: String::new(),
-            passwd: String::new(),
-        };
+        let env = super::Environment::new(String::new(), String::new());
         let text = "
             pool6 = fd52:5650:1::/48
             slots = 4

@@ -17,6 +17,16 @@ macro_rules! say {
     }};
 }
 
+/// Refuses, with a reason, what does not hold.
+macro_rules! ensure {
+    ($holds:expr, $($why:tt)*) => {
+        match $holds {
+            true => {}
+            false => return Err(format!($($why)*)),
+        }
+    };
+}
+
 mod apply;
 mod check;
 mod cleaner;

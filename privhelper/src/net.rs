@@ -65,12 +65,10 @@ impl FromStr for Net {
         let addr: IpAddr = addr.parse().map_err(|_| bad)?;
         let net = Net::new(addr, len.parse().map_err(|_| bad)?);
         let (len, whole) = (net.len, net.width());
-        if len == 0 || len > whole {
-            return Err(format!("has length {len}: it must be from 1 to {whole}"));
-        }
-        if net.bits() & ((1 << (whole - len)) - 1) != 0 {
-            return Err(format!("has bits set beyond its length of {len}"));
-        }
+        let fits = (1..=whole).contains(&len);
+        ensure!(fits, "has length {len}: it must be from 1 to {whole}");
+        let beyond = net.bits() & ((1 << (whole - len)) - 1);
+        ensure!(beyond == 0, "has bits set beyond its length of {len}");
         Ok(net)
     }
 }

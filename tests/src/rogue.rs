@@ -5,6 +5,7 @@
 //! for it says whose it is and whether anybody may ever see it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -106,7 +107,7 @@ impl Rogue {
             send_to(&mut whole, to);
         }
         self.made += 1;
-        mark(&mut whole, self.index, lawful, self.made);
+        let canary = mark(&mut whole, self.index, lawful, self.made);
         let rest = parse(&whole).map_or(0, |p| p.payload_len());
         let segments = match made.offload.gso_size {
             0 => 1,
@@ -115,7 +116,7 @@ impl Rogue {
         sums::repair(&mut whole, made.offload.partial);
         let spoiled = made.offload == Offload::NONE && rng.one_in(3);
         if spoiled {
-            whole = self.spoiled(&whole, lawful);
+            whole = self.spoiled(&whole, lawful, canary);
         }
         Shot {
             packet: whole,
@@ -126,15 +127,19 @@ impl Rogue {
         }
     }
 
-    fn spoiled(&mut self, whole: &[u8], lawful: bool) -> Vec<u8> {
+    fn spoiled(&mut self, whole: &[u8], lawful: bool, canary: Range<usize>) -> Vec<u8> {
         self.buffer[..whole.len()].copy_from_slice(whole);
         let len = spoil(&mut self.rng, &mut self.buffer, whole.len()).max(1);
         let mut bad = self.buffer[..len].to_vec();
+        let mut restore = |range: Range<usize>| {
+            let range = range.start.min(len)..range.end.min(len);
+            bad[range.clone()].copy_from_slice(&whole[range]);
+        };
+        // A canary that says something else would be believed.
+        restore(canary);
         if !lawful {
             // Or a changed address would make it somebody's right.
-            let addresses = if whole[0] >> 4 == 4 { 12..20 } else { 8..40 };
-            let range = addresses.start.min(len)..addresses.end.min(len);
-            bad[range.clone()].copy_from_slice(&whole[range]);
+            restore(if whole[0] >> 4 == 4 { 12..20 } else { 8..40 });
         }
         bad
     }
@@ -149,22 +154,23 @@ fn send_to(p: &mut [u8], to: Client) {
     }
 }
 
-/// Signs the end of the payload where there is one.
-fn mark(p: &mut [u8], client: u8, lawful: bool, n: u32) {
-    let Ok(parsed) = parse(p) else { return };
+/// Signs the end of the payload where there is one. Returns where.
+fn mark(p: &mut [u8], client: u8, lawful: bool, n: u32) -> Range<usize> {
+    let Ok(parsed) = parse(p) else { return 0..0 };
     // An error is about a packet whose headers should stay what they are.
     let least = match parsed.transport() {
         Transport::Icmp(Icmp { error: true, .. }) => 96,
         _ => 16,
     };
     if parsed.payload_len() < least {
-        return;
+        return 0..0;
     }
     let end = parsed.len();
     p[end - 16..end - 6].copy_from_slice(MARK);
     p[end - 6] = client;
     p[end - 5] = u8::from(lawful);
     p[end - 4..end].copy_from_slice(&n.to_be_bytes());
+    end - 16..end
 }
 
 /// The two addresses of a row of the API.

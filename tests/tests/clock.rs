@@ -1,9 +1,11 @@
 //! The gateway and the clock on the wall.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 use rvpn_lab::gateway::Gateway;
+use rvpn_lab::helper::give;
 use rvpn_lab::machine::Machine;
 use rvpn_lab::scene::Scene;
 use rvpn_lab::topology::{GW4, UP4};
@@ -14,7 +16,12 @@ use tokio_tungstenite::tungstenite::Message;
 
 /// Moves the gateway's clock, and nobody else's, by so many seconds.
 fn set(gateway: &Gateway, offset: i64) {
-    fs::write(gateway.dir.join("clock"), format!("{offset:+}\n")).expect("clock");
+    fs::write(clock(gateway), format!("{offset:+}\n")).expect("clock");
+}
+
+/// Where the cage lets it be read.
+fn clock(gateway: &Gateway) -> PathBuf {
+    gateway.dir.join("state/clock")
 }
 
 fn library() -> String {
@@ -36,14 +43,16 @@ fn aut_21_a_clock_that_jumps_ends_no_session() {
     const YEAR: i64 = 365 * 86_400;
     let lab = Lab::new();
     let helper = Helper::serving(&lab, "");
-    // The cage would not let the clock's file be read.
-    let mut gateway = Gateway::prepared(&lab, &helper, "sandbox = \"off\"\n");
+    let mut gateway = Gateway::prepared(&lab, &helper, "");
+    let state = gateway.dir.join("state");
+    fs::create_dir(&state).expect("state");
+    give(&state, helper.gateway_uid);
     set(&gateway, 0);
     gateway.environment(&[
         ("LD_PRELOAD", library().as_str()),
         (
             "FAKETIME_TIMESTAMP_FILE",
-            &gateway.dir.join("clock").display().to_string(),
+            &clock(&gateway).display().to_string(),
         ),
         ("FAKETIME_NO_CACHE", "1"),
         ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
@@ -86,8 +95,8 @@ fn spf_27_names_give_public_addresses_only_and_not_too_many() {
         };
         // What the gateway's own machine calls itself, and its loopback.
         for (id, name) in [(1, "localhost"), (2, "ip6-localhost"), (3, "127.0.0.1")] {
-            session.message(ask(id, name)).await;
-            let Event::Text(text) = session.event().await else {
+            session.tx.message(ask(id, name)).await;
+            let Event::Text(text) = session.rx.event().await else {
                 panic!("{name}: no answer");
             };
             let Ok(Control::Resolved(found)) = Control::parse(&text, Stage::Session) else {
@@ -100,11 +109,16 @@ fn spf_27_names_give_public_addresses_only_and_not_too_many() {
             );
         }
         for id in 0..1000 {
-            if session.try_message(ask(id, "flood.example")).await.is_err() {
+            if session
+                .tx
+                .try_message(ask(id, "flood.example"))
+                .await
+                .is_err()
+            {
                 break;
             }
         }
-        let closed = session.closed().await;
+        let closed = session.rx.closed().await;
         assert_eq!(closed.code, 1008, "{closed:?}");
         assert!(closed.reason.contains("too many"), "{closed:?}");
     });

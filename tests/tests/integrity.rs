@@ -2,15 +2,18 @@
 
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use rvpn_lab::capture::{Capture, drain_udp};
 use rvpn_lab::raw::offload_checksums;
+use rvpn_lab::read_back::ip_json;
 use rvpn_lab::scene::{PORT, Scene, drops, number};
 use rvpn_lab::topology::{UP4, UP6};
-use rvpn_lab::tunnel_client::{Session, Speech, on};
-use rvpn_lab::{packet, sums};
+use rvpn_lab::tunnel_client::{Event, Session, Speech, on};
+use rvpn_lab::{PATIENCE, packet, sums};
 use rvpn_proto::packet::grammar::Rng;
 use rvpn_proto::record::Offload;
+use tokio::time::timeout;
 
 /// So many of the largest fit into a socket's buffer.
 const VOLLEY: u32 = 32;
@@ -101,31 +104,34 @@ fn int_12_what_a_burst_loses_is_counted_and_the_rest_in_order() {
             road.server.send_to(&payload, from).expect("send");
         }
         let (mut last, mut got) = (None, 0_u64);
-        for packet in rvpn_lab::scene::received(&mut session).await {
-            let n = u32::from_be_bytes(packet[28..32].try_into().expect("four"));
-            assert!(last.is_none_or(|last| last < n), "{n} after {last:?}");
-            last = Some(n);
-            got += 1;
-        }
-        // The echo may overtake them in the queue, as a new flow; so count until all are here.
-        let mut lost;
+        let begun = Instant::now();
+        let (mut lost, mut full);
         loop {
+            let event = timeout(Duration::from_millis(20), session.rx.wait()).await;
+            if let Ok(Event::Packet(packet, _)) = event {
+                let n = u32::from_be_bytes(packet[28..32].try_into().expect("four"));
+                assert!(last.is_none_or(|last| last < n), "{n} after {last:?}");
+                last = Some(n);
+                got += 1;
+                continue;
+            }
             let row = scene.row("alice");
             lost = drops(&row["inbound"]).values().sum::<u64>();
-            if number(&row["inbound"]["packets"]) == got + 1 {
+            // What the device had no room for never reached the gateway.
+            let link = ip_json(&scene.lab.gw, &format!("-s link show {device}"));
+            full = number(&link[0]["stats64"]["tx"]["dropped"]);
+            let all = got + lost + full;
+            assert!(all <= ALL.into(), "{got} came, {lost} and {full} dropped");
+            if all == u64::from(ALL) {
                 break;
             }
-            let packet = session.rx.packet().await;
-            let n = u32::from_be_bytes(packet[28..32].try_into().expect("four"));
-            assert!(last.is_none_or(|last| last < n), "{n} after {last:?}");
-            last = Some(n);
-            got += 1;
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "{got} came, {lost} and {full} dropped"
+            );
         }
-        let link = rvpn_lab::read_back::ip_json(&scene.lab.gw, &format!("-s link show {device}"));
-        // What the device had no room for never reached the gateway.
-        let full = number(&link[0]["stats64"]["tx"]["dropped"]);
         println!("{got} came, {lost} dropped by the queue, {full} by the device");
-        assert_eq!(got + lost + full, u64::from(ALL));
+        assert!(got > 0 && lost > 0);
     });
 }
 

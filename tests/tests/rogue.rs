@@ -56,6 +56,8 @@ fn spf_29_five_rogues_never_reach_each_other() {
     let (stop, stopped) = watch::channel(false);
     let (begin, begun) = watch::channel(Vec::<Client>::new());
     std::thread::scope(|threads| {
+        // Gone with this thread, so that none waits for a verdict that never comes.
+        let (stop, begin) = (stop, begin);
         let running: Vec<_> = (0_u8..)
             .zip(CLIENTS)
             .zip(&tallies)
@@ -191,11 +193,6 @@ fn judge(scene: &Scene, n: u8, tally: &Tally) {
         "{n}: {sent} sent, {} passed, dropped {}",
         row["outbound"]["packets"], row["outbound"]["drops"]
     );
-    println!(
-        "{} {}",
-        Tally::of(&tally.foreign),
-        Tally::of(&tally.spoiled)
-    );
     let spoofed = drops(&row["outbound"])["spoofed"];
     let (foreign, spoiled) = (Tally::of(&tally.foreign), Tally::of(&tally.spoiled));
     assert!(
@@ -210,7 +207,7 @@ fn judge(scene: &Scene, n: u8, tally: &Tally) {
 
 #[test]
 fn a_rogue_in_frames_is_sent_away_alone() {
-    let scene = Scene::new("linger = 0\nmax-slots = 64\n", DIALECTS);
+    let scene = Scene::new("slots = 32\n", DIALECTS);
     let [server, _] = scene.servers();
     on(&scene.phone, async || {
         let mut bystander = scene.session(Speech::Text46, "bystander").await;

@@ -84,6 +84,7 @@ async fn measure(
     let settings = Settings {
         ticket_life: Duration::from_secs(60),
         dns: Vec::new(),
+        routes: Vec::new(),
     };
     let shared = Shared::new(
         Cores::start(1, false).unwrap(),

@@ -22,6 +22,16 @@ const LATE: Duration = Duration::from_secs(30);
 /// How long a connection may take to be made.
 const CONNECT: Duration = Duration::from_secs(6);
 
+/// How long a goodbye may take.
+const PARTING: Duration = Duration::from_secs(2);
+
+/// What the other half says to a welcome.
+enum Verdict {
+    Accepted,
+    Refused(String),
+    Stop,
+}
+
 /// Everything the child knows.
 struct Child {
     wire: Wire,
@@ -34,6 +44,8 @@ struct Child {
     carrier: Option<Carrier>,
     /// Attempts that failed since the last success.
     failures: u32,
+    /// A gateway was there once.
+    welcomed: bool,
 }
 
 /// What interrupts whatever is being done.
@@ -57,6 +69,7 @@ pub(crate) async fn run() -> Outcome {
             instance,
             offload,
             mtu,
+            welcomed,
         },
         _,
     )) = receive(&wire).await?
@@ -74,13 +87,14 @@ pub(crate) async fn run() -> Outcome {
         ticket: None,
         carrier: None,
         failures: 0,
+        welcomed,
     };
     match child.sessions().await {
         Ok(()) => child.report(&Report::Left).await,
         Err(failure) => {
             let report = Report::Failed {
                 why: failure.to_string(),
-                refused: failure.kind == Kind::Refused,
+                grounds: failure.kind.into(),
             };
             child.report(&report).await
         }
@@ -115,7 +129,10 @@ impl Child {
                 Ok(None) => return Ok(()),
                 Ok(Some(denied)) | Err(denied) => denied,
             };
-            if !denied.again {
+            // Whoever is in between could else end the tunnel, and with it what it
+            // protects, by answering in the gateway's place.
+            let between = self.welcomed && denied.failure.kind == Kind::Protocol;
+            if !denied.again && !between {
                 return Err(denied.failure);
             }
             let wait = match denied.after {
@@ -159,16 +176,27 @@ impl Child {
             called = stop(&self.wire) => return called.map(|()| None).map_err(Denied::from),
         };
         let (mut socket, welcome) = opened;
-        if !self.accepted(&welcome).await? {
-            return Ok(None);
+        match self.accepted(&welcome).await? {
+            Verdict::Accepted => {}
+            Verdict::Stop => {
+                let parting = goodbye(&mut socket, close::NORMAL, "");
+                let _late = timeout(PARTING, parting).await;
+                return Ok(None);
+            }
+            Verdict::Refused(why) => {
+                let parting = goodbye(&mut socket, close::POLICY, &why);
+                let _late = timeout(PARTING, parting).await;
+                return Err(Failure::new(Kind::Protocol, why).into());
+            }
         }
         self.failures = 0;
+        self.welcomed = true;
         let end = self.carry(&mut socket, &welcome).await;
         let to = &self.to;
         match end? {
             None => {
                 let parting = goodbye(&mut socket, close::NORMAL, "");
-                let _late = timeout(Duration::from_secs(2), parting).await;
+                let _late = timeout(PARTING, parting).await;
                 Ok(None)
             }
             Some(End::Lost(why)) => Ok(Some(
@@ -234,14 +262,15 @@ impl Child {
     }
 
     /// Whether the other half accepts the welcome, and has a device for it.
-    async fn accepted(&mut self, welcome: &Welcome) -> Result<bool, Denied> {
+    async fn accepted(&mut self, welcome: &Welcome) -> Result<Verdict, Denied> {
         let report = Report::Welcomed {
             welcome: Box::new(welcome.clone()),
         };
         self.report(&report).await?;
         loop {
             match receive(&self.wire).await? {
-                None | Some((Order::Stop, _)) => return Ok(false),
+                None | Some((Order::Stop, _)) => return Ok(Verdict::Stop),
+                Some((Order::Refuse { why }, _)) => return Ok(Verdict::Refused(why)),
                 Some((Order::Device, Some(fd))) => {
                     let mut key = [0; 16];
                     aws_lc_rs::rand::fill(&mut key).while_doing("get random bytes")?;
@@ -249,9 +278,11 @@ impl Child {
                     let half = |h: &[u8]| h.try_into().map(u64::from_ne_bytes).unwrap_or(0);
                     let device = Device::new(fd).while_doing("use the tunnel's device")?;
                     self.carrier = Some(Carrier::new(device, [half(a), half(b)]));
-                    return Ok(true);
+                    return Ok(Verdict::Accepted);
                 }
-                Some((Order::Resume, _)) if self.carrier.is_some() => return Ok(true),
+                Some((Order::Resume, _)) if self.carrier.is_some() => {
+                    return Ok(Verdict::Accepted);
+                }
                 Some(_) => {}
             }
         }

@@ -9,7 +9,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-use super::journal::{Journal, dir};
+use super::journal::{Journal, Lock, dir};
 use crate::cli::{Down, Status};
 use crate::fail::{Failure, Kind, Outcome, While as _};
 use crate::text::{bytes, span, table};
@@ -179,8 +179,12 @@ pub(crate) async fn down(args: Down) -> Outcome {
                 println!("nothing was up");
                 Ok(())
             }
-            Some(journal) if args.repair => {
-                journal.undo().await?;
+            Some(_) if args.repair => {
+                let _lock = Lock::take().await?;
+                // Somebody may have done it while we waited.
+                if let Some(journal) = Journal::read()? {
+                    journal.undo().await?;
+                }
                 println!("put back what a killed 'rvpn up' had left");
                 Ok(())
             }

@@ -8,7 +8,7 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
 };
 
-use super::net::MARK;
+use super::rules::MARK;
 
 /// Begins a connection with the mark of those that go past the tunnel. It may
 /// not be finished when this returns; whoever gets it waits.

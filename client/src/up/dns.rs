@@ -69,7 +69,7 @@ fn by_file(journal: &mut Journal, resolvers: &[IpAddr]) -> Outcome {
                 fs::read_link(&path).while_doing("read resolv.conf")?,
             )),
             Ok(meta) => Some(Before::File {
-                content: fs::read_to_string(&path).while_doing("read resolv.conf")?,
+                content: fs::read(&path).while_doing("read resolv.conf")?,
                 mode: meta.permissions().mode(),
             }),
             Err(_) => None,
@@ -83,5 +83,5 @@ fn by_file(journal: &mut Journal, resolvers: &[IpAddr]) -> Outcome {
         written.clone_from(&ours);
     }
     journal.write()?;
-    replace(&path, &ours, 0o644).while_doing("replace resolv.conf")
+    replace(&path, ours.as_bytes(), 0o644).while_doing("replace resolv.conf")
 }

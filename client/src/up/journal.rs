@@ -1,15 +1,21 @@
 //! What `up` changed on this machine, written down before it is changed, so
 //! that it can be put back whatever happened to who changed it.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write as _};
+use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use tokio::time::sleep;
 
 use super::net::Net;
 use crate::fail::{Failure, Outcome, While as _};
+
+/// How long putting things back may take another process.
+const MENDS: Duration = Duration::from_secs(10);
 
 /// Where `up` has its files.
 pub(crate) fn dir() -> PathBuf {
@@ -24,6 +30,12 @@ pub(crate) struct Journal {
     pub(crate) interface: String,
     /// The process that keeps it.
     pub(crate) pid: u32,
+    /// Whether it blocks what would pass the tunnel by, also without a process.
+    #[serde(default)]
+    pub(crate) blocks: bool,
+    /// Of the gateway: while names are blocked, nobody else can tell.
+    #[serde(default)]
+    pub(crate) gateway: Option<(String, Vec<SocketAddr>)>,
     /// Files of the kernel, with what was in them.
     pub(crate) sysctls: Vec<(PathBuf, String)>,
     /// The list of resolvers.
@@ -55,8 +67,8 @@ pub(crate) enum Before {
     Link(PathBuf),
     /// A file.
     File {
-        /// Its content.
-        content: String,
+        /// Its content, whatever it is.
+        content: Vec<u8>,
         /// Its mode.
         mode: u32,
     },
@@ -116,6 +128,23 @@ impl Journal {
         fs::write(&path, value).while_doing(format_args!("write {}", path.display()))
     }
 
+    /// Takes over from an `up` that was killed, without a moment in which what
+    /// it blocked is open: its rules stay until those of the next replace them,
+    /// and what it found is what is put back one day.
+    pub(crate) async fn take_over(&mut self, left: Journal) -> Outcome {
+        self.sysctls = left.sysctls;
+        self.resolvers = left.resolvers;
+        self.gateway = left.gateway;
+        self.write()?;
+        if let Some(resolvers) = &self.resolvers {
+            resolvers.put_back()?;
+        }
+        self.resolvers = None;
+        self.write()?;
+        let net = Net::open().while_doing("talk to the kernel")?;
+        net.remove(&left.interface).await
+    }
+
     /// Puts everything back; what cannot be is said, and the rest is done all
     /// the same. The journal goes last.
     pub(crate) async fn undo(self) -> Outcome {
@@ -126,7 +155,7 @@ impl Journal {
         }
         match Net::open() {
             Ok(net) => {
-                note(net.release().await.map(|_| ()));
+                note(net.release().await);
                 note(net.remove(&self.interface).await);
             }
             Err(error) => note(Err(Failure::internal(format!("no netlink: {error}")))),
@@ -150,14 +179,61 @@ impl Journal {
     }
 }
 
+/// What only one process at a time has: the right to change what the journal
+/// speaks of.
+#[derive(Debug)]
+pub(crate) struct Lock(#[expect(dead_code, reason = "held, not read")] File);
+
+impl Lock {
+    /// Takes it, unless somebody has it.
+    pub(crate) fn try_take() -> Outcome<Option<Lock>> {
+        let dir = dir();
+        let path = dir.join("lock");
+        let open = || -> io::Result<File> {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(&dir)?;
+            let mut options = OpenOptions::new();
+            options.write(true).create(true).truncate(false).mode(0o600);
+            options.open(&path)
+        };
+        let file = open().while_doing(format_args!("write {}", path.display()))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Lock(file))),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => {
+                Err(error).while_doing(format_args!("lock {}", path.display()))
+            }
+        }
+    }
+
+    /// Takes it once whoever mends has finished.
+    pub(crate) async fn take() -> Outcome<Lock> {
+        let begun = Instant::now();
+        loop {
+            match Lock::try_take()? {
+                Some(lock) => return Ok(lock),
+                None if begun.elapsed() > MENDS => {
+                    return Err(Failure::unavailable(
+                        "another 'rvpn up' or 'rvpn down' is at work: see 'rvpn status', \
+                         or try again",
+                    ));
+                }
+                None => sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+}
+
 impl Resolvers {
     fn put_back(&self) -> Outcome {
         let Resolvers::File { path, before, ours } = self else {
             return Ok(());
         };
         let name = path.display();
-        match fs::read_to_string(path) {
-            Ok(now) if now == *ours => {}
+        match fs::read(path) {
+            Ok(now) if now == ours.as_bytes() => {}
             // Somebody has changed it since: theirs counts.
             Ok(_) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -180,7 +256,7 @@ fn replace_by_link(path: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Replaces a file at once, or, where it is a mount point, its content.
-pub(crate) fn replace(path: &Path, content: &str, mode: u32) -> io::Result<()> {
+pub(crate) fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let fresh = path.with_extension("rvpn-new");
     let _old = fs::remove_file(&fresh);
     let swap = || -> io::Result<()> {
@@ -188,7 +264,7 @@ pub(crate) fn replace(path: &Path, content: &str, mode: u32) -> io::Result<()> {
             .write(true)
             .create_new(true)
             .open(&fresh)?;
-        file.write_all(content.as_bytes())?;
+        file.write_all(content)?;
         file.set_permissions(fs::Permissions::from_mode(mode & 0o7777))?;
         file.sync_all()?;
         fs::rename(&fresh, path)

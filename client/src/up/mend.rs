@@ -3,7 +3,7 @@
 use std::io::Read as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-use super::journal::Journal;
+use super::journal::{Journal, Lock};
 use super::leave_terminal;
 use crate::fail::{Outcome, While as _};
 
@@ -53,6 +53,10 @@ pub(crate) async fn run() -> Outcome {
     if said.contains(&DONE) {
         return Ok(());
     }
+    // Whoever has it already puts back what is found.
+    let Some(_lock) = Lock::try_take()? else {
+        return Ok(());
+    };
     match Journal::read()? {
         Some(journal) => journal.undo().await,
         None => Ok(()),

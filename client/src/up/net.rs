@@ -12,53 +12,28 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt as _;
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::AddressAttribute;
-use netlink_packet_route::link::LinkAttribute;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags};
+use netlink_packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
 use netlink_packet_route::route::{
-    RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::rule::{RuleAttribute, RuleMessage};
 use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 use rvpn_proto::control::Prefix;
 use tokio::time::sleep;
 
-use crate::fail::{Outcome, While as _};
+use super::rules::{LOCAL, MAIN, OURS, Plan, TABLE, place_beside, rules};
+use crate::fail::{Failure, Outcome, While as _};
 
-/// Of the sockets to the gateway.
-pub(crate) const MARK: u32 = 0x7276;
-/// Where everything else is sent.
-const TABLE: u32 = 0x7276;
-/// Where the tunnel's addresses are local.
-const LOCAL: u32 = 0x7277;
-const MAIN: u32 = 254;
-/// Whose rules and routes these are.
-const OURS: RouteProtocol = RouteProtocol::Other(0x72);
-/// The first of our rules; the main table's has 32766.
-const FIRST: u32 = 5200;
+/// How long the kernel may take to make the route of an address.
+const APPEARS: Duration = Duration::from_secs(5);
 /// Of a route that is used when there is no other.
 const LAST_RESORT: u32 = u32::MAX;
-
-/// How often, and how long between, a route is looked for that must come.
-const ROUTE_TRIES: u32 = 300;
-const ROUTE_WAIT: Duration = Duration::from_millis(10);
-
-/// What goes where.
-#[derive(Clone, Debug)]
-pub(crate) struct Plan {
-    /// Only these destinations through the tunnel; all if absent.
-    pub(crate) only: Option<Vec<Prefix>>,
-    /// These past the tunnel.
-    pub(crate) past: Vec<Prefix>,
-    /// What would go through the tunnel goes nowhere without it.
-    pub(crate) kill_switch: bool,
-    /// Name of the device.
-    pub(crate) interface: String,
-}
 
 /// The kernel's side.
 pub(crate) struct Net {
@@ -79,17 +54,34 @@ impl Net {
     }
 
     /// Sends what the plan says to our table. With a kill switch it ends there
-    /// from now on.
+    /// from now on. Rules of another `up`, which was killed, make way only when
+    /// these are there.
     pub(crate) async fn capture(&self, plan: &Plan) -> Outcome {
         for family in &self.families {
+            let old = self.our_rules(*family).await?;
+            let mut dead_ends = Vec::new();
             if plan.kill_switch {
-                let wanted = plan.only.clone().unwrap_or_else(|| vec![whole(*family)]);
-                for prefix in wanted.into_iter().filter(|p| family_of(*p) == *family) {
+                dead_ends = plan.wanted(*family);
+                for prefix in dead_ends.iter().copied() {
                     self.dead_end(prefix).await?;
                 }
             }
-            for rule in rules(*family, plan) {
+            for rule in rules(*family, plan, place_beside(&old))? {
                 self.rule(rule).await?;
+            }
+            for rule in old {
+                self.forget(rule).await?;
+            }
+            // What the killed one blocked and this one does not.
+            let left = self.our_routes(*family).await?.into_iter();
+            for route in left.filter(|r| r.header.kind == RouteType::Unreachable) {
+                let length = route.header.destination_prefix_length;
+                let kept = dead_ends.iter().any(|p| {
+                    p.length() == length && destination(&route).is_none_or(|to| to == p.address())
+                });
+                if !kept {
+                    self.forget_route(route).await?;
+                }
             }
         }
         Ok(())
@@ -104,6 +96,7 @@ impl Net {
         v6: Option<Ipv6Addr>,
     ) -> Outcome {
         let index = self.index(&plan.interface).await?;
+        self.keep_quiet(plan, index).await?;
         let up = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
         let set = self.handle.link().set(up).execute().await;
         set.while_doing(format_args!("start {}", plan.interface))?;
@@ -113,8 +106,7 @@ impl Net {
         }
         for family in &self.families {
             let six = *family == AddressFamily::Inet6;
-            let wanted = plan.only.clone().unwrap_or_else(|| vec![whole(*family)]);
-            for prefix in wanted.into_iter().filter(|p| family_of(*p) == *family) {
+            for prefix in plan.wanted(*family) {
                 if six && v6.is_none() {
                     // Nothing may go round a tunnel that has only IPv4.
                     self.dead_end(prefix).await?;
@@ -130,16 +122,37 @@ impl Net {
         Ok(())
     }
 
+    /// The device gets no address of its own making, and nothing that comes
+    /// through it can give it one, or a route.
+    async fn keep_quiet(&self, plan: &Plan, index: u32) -> Outcome {
+        if !self.families.contains(&AddressFamily::Inet6) {
+            return Ok(());
+        }
+        let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+        let quiet = LinkUnspec::new_with_index(index)
+            .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
+                vec![none],
+            )]))
+            .build();
+        let set = self.handle.link().set(quiet).execute().await;
+        set.while_doing(format_args!(
+            "keep {} from having addresses",
+            plan.interface
+        ))?;
+        for name in ["accept_ra", "accept_redirects"] {
+            let path = format!("/proc/sys/net/ipv6/conf/{}/{name}", plan.interface);
+            std::fs::write(&path, "0").while_doing(format_args!("write {path}"))?;
+        }
+        Ok(())
+    }
+
     async fn address(&self, index: u32, address: IpAddr) -> Outcome {
         let length = if address.is_ipv4() { 32 } else { 128 };
         let mut add = self.handle.address().add(index, address, length);
-        if address.is_ipv6() {
-            // Nobody else can have it, so nobody is asked.
-            let flags = netlink_packet_route::address::AddressFlags::Nodad;
-            add.message_mut()
-                .attributes
-                .push(AddressAttribute::Flags(flags));
-        }
+        // Nobody else can have it, so nobody is asked; routes are ours to make.
+        let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
+        let attributes = &mut add.message_mut().attributes;
+        attributes.push(AddressAttribute::Flags(flags));
         add.execute()
             .await
             .while_doing(format_args!("give the tunnel {address}"))?;
@@ -161,16 +174,15 @@ impl Net {
                 RouteScope::Host
             } else {
                 RouteScope::Universe
-            })
-            .build();
-        // The kernel gives an IPv6 address its route a moment later.
-        let mut tries = 0;
+            });
+        let everywhere = everywhere.build();
+        let begun = Instant::now();
         loop {
             let removed = self.handle.route().del(everywhere.clone()).execute().await;
             match removed {
-                Err(error) if is_gone(&error) && tries < ROUTE_TRIES => {
-                    tries += 1;
-                    sleep(ROUTE_WAIT).await;
+                // The kernel adds the one of IPv6 in its own time.
+                Err(error) if is_gone(&error) && begun.elapsed() < APPEARS => {
+                    sleep(Duration::from_millis(1)).await;
                 }
                 done => {
                     return done.while_doing(format_args!("hide {address} from neighbours"));
@@ -214,7 +226,7 @@ impl Net {
         let found = found.try_collect::<Vec<_>>().await;
         let found = found.while_doing(format_args!("find the device {name}"))?;
         let first = found.first().map(|link| link.header.index);
-        first.ok_or_else(|| crate::fail::Failure::internal(format!("the device {name} is gone")))
+        first.ok_or_else(|| Failure::internal(format!("the device {name} is gone")))
     }
 
     /// Networks that this machine is attached to, other than by the tunnel.
@@ -284,54 +296,77 @@ impl Net {
             .collect())
     }
 
-    /// Devices whose strict reverse path check would drop the gateway's answers.
-    pub(crate) async fn strict(&self, but: &str) -> Outcome<Vec<String>> {
+    /// Settings of the reverse path check that would drop the gateway's answers,
+    /// which it looks up as if they had no mark, with what to set instead. With
+    /// a kill switch there may be no way back at all, so the loose check would
+    /// drop them too; without, it only drops what has no route anywhere.
+    pub(crate) async fn checks(&self, plan: &Plan) -> Outcome<Vec<(PathBuf, &'static str)>> {
+        let path = |name: &str| PathBuf::from(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"));
         let check = |name: &str| -> u8 {
-            let path = format!("/proc/sys/net/ipv4/conf/{name}/rp_filter");
-            let text = std::fs::read_to_string(path).unwrap_or_default();
+            let text = std::fs::read_to_string(path(name)).unwrap_or_default();
             text.trim().parse().unwrap_or(0)
         };
         let all = check("all");
         let names = self.names().await?.into_iter().map(|(_, name)| name);
-        Ok(names
-            .filter(|n| n != but && n != "lo" && check(n).max(all) == 1)
-            .collect())
+        let names = names.filter(|n| *n != plan.interface && n != "lo");
+        if plan.kill_switch {
+            let names = std::iter::once("all".to_owned()).chain(names);
+            let on = names.filter(|n| check(n) != 0);
+            return Ok(on.map(|n| (path(&n), "0")).collect());
+        }
+        let strict = names.filter(|n| check(n).max(all) == 1);
+        Ok(strict.map(|n| (path(&n), "2")).collect())
     }
 
-    /// Removes every rule and route of ours. Says how many there were.
-    pub(crate) async fn release(&self) -> Outcome<usize> {
-        let mut removed = 0;
+    /// Removes every rule and route of ours.
+    pub(crate) async fn release(&self) -> Outcome {
         for family in &self.families {
-            let version = match family {
-                AddressFamily::Inet => IpVersion::V4,
-                _ => IpVersion::V6,
-            };
-            let rules = self.handle.rule().get(version).execute();
-            let rules: Vec<_> = rules
-                .try_collect()
-                .await
-                .while_doing("list routing rules")?;
-            for rule in rules.into_iter().filter(is_ours) {
-                let gone = self.handle.rule().del(rule).execute().await;
-                gone.while_doing("remove a routing rule")?;
-                removed += 1;
+            for rule in self.our_rules(*family).await? {
+                self.forget(rule).await?;
             }
-            let all = RouteMessageBuilder::<IpAddr>::default();
-            let mut all = all.build();
-            all.header.address_family = *family;
-            let routes = self.handle.route().get(all).execute();
-            let routes: Vec<_> = routes.try_collect().await.while_doing("list routes")?;
-            for route in routes.into_iter().filter(|r| r.header.protocol == OURS) {
-                // A device that went away in the meantime took its routes along.
-                match self.handle.route().del(route).execute().await {
-                    Err(error) if !is_gone(&error) => {
-                        Err(error).while_doing("remove a route")?;
-                    }
-                    _ => removed += 1,
-                }
+            for route in self.our_routes(*family).await? {
+                self.forget_route(route).await?;
             }
         }
-        Ok(removed)
+        Ok(())
+    }
+
+    async fn our_rules(&self, family: AddressFamily) -> Outcome<Vec<RuleMessage>> {
+        let version = match family {
+            AddressFamily::Inet => IpVersion::V4,
+            _ => IpVersion::V6,
+        };
+        let rules = self.handle.rule().get(version).execute();
+        let mut rules: Vec<_> = rules
+            .try_collect()
+            .await
+            .while_doing("list routing rules")?;
+        rules.retain(|rule| rule.attributes.contains(&RuleAttribute::Protocol(OURS)));
+        Ok(rules)
+    }
+
+    async fn our_routes(&self, family: AddressFamily) -> Outcome<Vec<RouteMessage>> {
+        let mut all = RouteMessageBuilder::<IpAddr>::default().build();
+        all.header.address_family = family;
+        let routes = self.handle.route().get(all).execute();
+        let mut routes: Vec<_> = routes.try_collect().await.while_doing("list routes")?;
+        routes.retain(|route| route.header.protocol == OURS);
+        Ok(routes)
+    }
+
+    async fn forget(&self, rule: RuleMessage) -> Outcome {
+        match self.handle.rule().del(rule).execute().await {
+            Err(error) if !is_gone(&error) => Err(error).while_doing("remove a routing rule"),
+            _ => Ok(()),
+        }
+    }
+
+    async fn forget_route(&self, route: RouteMessage) -> Outcome {
+        // A device that went away in the meantime took its routes along.
+        match self.handle.route().del(route).execute().await {
+            Err(error) if !is_gone(&error) => Err(error).while_doing("remove a route"),
+            _ => Ok(()),
+        }
     }
 
     /// Removes a device, if it is there.
@@ -357,22 +392,12 @@ fn is_gone(error: &rtnetlink::Error) -> bool {
     }
 }
 
-fn is_ours(rule: &RuleMessage) -> bool {
-    rule.attributes.contains(&RuleAttribute::Protocol(OURS))
-}
-
-fn whole(family: AddressFamily) -> Prefix {
-    match family {
-        AddressFamily::Inet => Prefix::ALL_V4,
-        _ => Prefix::ALL_V6,
-    }
-}
-
-fn family_of(prefix: Prefix) -> AddressFamily {
-    match prefix.address() {
-        IpAddr::V4(_) => AddressFamily::Inet,
-        IpAddr::V6(_) => AddressFamily::Inet6,
-    }
+fn destination(route: &RouteMessage) -> Option<IpAddr> {
+    route.attributes.iter().find_map(|a| match a {
+        RouteAttribute::Destination(RouteAddress::Inet(v4)) => Some((*v4).into()),
+        RouteAttribute::Destination(RouteAddress::Inet6(v6)) => Some((*v6).into()),
+        _ => None,
+    })
 }
 
 fn route(prefix: Prefix, table: u32) -> RouteMessageBuilder<IpAddr> {
@@ -382,48 +407,6 @@ fn route(prefix: Prefix, table: u32) -> RouteMessageBuilder<IpAddr> {
         .destination_prefix(prefix.address(), prefix.length())
         .unwrap_or_default();
     builder.table_id(table).protocol(OURS)
-}
-
-/// In the order in which they are asked.
-fn rules(family: AddressFamily, plan: &Plan) -> Vec<RuleMessage> {
-    let marked = || vec![RuleAttribute::FwMark(MARK), RuleAttribute::FwMask(u32::MAX)];
-    let from = |name: &str| vec![RuleAttribute::Iifname(name.to_owned())];
-    let mut all: Vec<(Vec<RuleAttribute>, Option<u32>)> = vec![
-        (marked(), Some(MAIN)),
-        // Never into the tunnel, whatever the main table lacks.
-        (marked(), None),
-        (from(&plan.interface), Some(LOCAL)),
-        (from("lo"), Some(LOCAL)),
-    ];
-    let link_local = Prefix::new(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0).into(), 10);
-    let past = plan.past.iter().copied().chain(link_local);
-    for prefix in past.filter(|p| family_of(*p) == family) {
-        all.push((
-            vec![RuleAttribute::Destination(prefix.address())],
-            Some(MAIN),
-        ));
-    }
-    all.push((Vec::new(), Some(TABLE)));
-    let numbered = all.into_iter().zip(FIRST..);
-    numbered
-        .map(|((mut attributes, table), priority)| {
-            let mut rule = RuleMessage::default();
-            rule.header.family = family;
-            rule.header.action = match table {
-                Some(_) => RuleAction::ToTable,
-                None => RuleAction::Unreachable,
-            };
-            if let Some(RuleAttribute::Destination(address)) = attributes.first() {
-                let length = plan.past.iter().find(|p| p.address() == *address);
-                rule.header.dst_len = length.map_or(10, |p| p.length());
-            }
-            attributes.extend(table.map(RuleAttribute::Table));
-            attributes.push(RuleAttribute::Priority(priority));
-            attributes.push(RuleAttribute::Protocol(OURS));
-            rule.attributes = attributes;
-            rule
-        })
-        .collect()
 }
 
 /// Whether this process may change the network.

@@ -2,29 +2,26 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use rtnetlink::MulticastGroup;
 use rvpn_proto::control::{Prefix, Welcome};
 use serde_json::{Value, json};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::control::{self, Asked, Question};
 use super::dial::dial;
-use super::journal::Journal;
+use super::half::{Half, Signals};
+use super::journal::{Journal, Lock};
 use super::mend::Mender;
-use super::net::{Net, Plan, many_users};
-use super::wire::{Order, Report, Way, Wire, pair};
+use super::net::Net;
+use super::rules::Plan;
+use super::wire::{Order, Report, Way};
 use super::{device, dns, plan};
 use crate::cli::Up;
-use crate::fail::{Failure, Kind, Outcome, While as _};
-use crate::home::Owner;
+use crate::fail::{Failure, Outcome, While as _};
 use crate::profile::{self, Address, Profile};
 use crate::reach;
 
@@ -34,9 +31,6 @@ const RESTARTS: u32 = 3;
 const GOODBYE: Duration = Duration::from_secs(3);
 /// Changes of the network come in swarms.
 const SETTLE: Duration = Duration::from_millis(50);
-/// Whom the other half becomes when nobody better is known.
-const NOBODY: u32 = 65_534;
-
 /// What the tunnel has been told.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Terms {
@@ -58,13 +52,6 @@ impl Terms {
                 .any(|c| c == rvpn_proto::control::OFFLOAD),
         }
     }
-}
-
-/// The other half.
-struct Half {
-    wire: Wire,
-    process: Child,
-    has_device: bool,
 }
 
 struct Parent {
@@ -91,6 +78,12 @@ struct Parent {
     counted: (Way, Way, Option<f64>),
 }
 
+/// What strangers said, fit for a terminal.
+fn shown(text: &str) -> String {
+    let fit = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    text.chars().take(500).map(fit).collect()
+}
+
 /// Why the loop ended.
 enum End {
     Asked(Option<oneshot::Sender<Value>>),
@@ -104,11 +97,35 @@ pub(crate) async fn run(args: Up) -> Outcome {
     // Wrong files are to be known before anything is changed.
     crate::tls::connector(&profile.trust)?;
     profile.token()?;
-    if let Some(left) = Journal::read()? {
-        eprintln!("putting back what a killed 'rvpn up' had left");
-        left.undo().await?;
+    // Nobody reads the key from a process that died, or out of this one.
+    nix::sys::prctl::set_dumpable(false).while_doing("hide this process's memory")?;
+    let lock = Lock::take().await?;
+    let mut journal = Journal {
+        interface: args.interface.clone(),
+        pid: std::process::id(),
+        blocks: args.kill_switch,
+        ..Journal::default()
+    };
+    let left = Journal::read()?;
+    let blocked = args.kill_switch && left.as_ref().is_some_and(|left| left.blocks);
+    match left {
+        Some(left) if blocked => {
+            eprintln!("taking over from a killed 'rvpn up'; what it blocked stays blocked");
+            journal.take_over(left).await?;
+        }
+        Some(left) => {
+            eprintln!("putting back what a killed 'rvpn up' had left");
+            left.undo().await?;
+        }
+        None => {}
     }
-    let addresses = reach::resolve(&to).await?;
+    let addresses = match (reach::resolve(&to).await, journal.gateway.take()) {
+        (Ok(found), _) => found,
+        // What is blocked may be the way to the resolver.
+        (Err(_), Some((known, addresses))) if known == to.to_string() => addresses,
+        (Err(failure), _) => return Err(failure),
+    };
+    journal.gateway = Some((to.to_string(), addresses.clone()));
     let net = Net::open().while_doing("talk to the kernel")?;
     if net.index(&args.interface).await.is_ok() {
         return Err(Failure::usage(format!(
@@ -119,11 +136,6 @@ pub(crate) async fn run(args: Up) -> Outcome {
     let local = net.local(&args.interface).await?;
     let plan = plan::plan(&args, &local)?;
     let seen = net.snapshot(&args.interface).await?;
-    let journal = Journal {
-        interface: args.interface.clone(),
-        pid: std::process::id(),
-        ..Journal::default()
-    };
     journal.write()?;
     let questions = control::listen()?;
     let mender = match args.kill_switch {
@@ -132,6 +144,7 @@ pub(crate) async fn run(args: Up) -> Outcome {
         false => Some(Mender::start()?),
     };
     let half = Half::start()?;
+    let blocks = args.kill_switch;
     let mut parent = Parent {
         args,
         name,
@@ -158,11 +171,20 @@ pub(crate) async fn run(args: Up) -> Outcome {
         Ok(end) => end,
         Err(failure) => End::Failed(failure),
     };
-    let undone = parent.end().await;
+    // A failure must not open what was protected until now.
+    let stays = blocks && matches!(end, End::Failed(_)) && (blocked || parent.connected > 0);
+    let undone = parent.end(stays).await;
+    if stays {
+        eprintln!(
+            "what the kill switch blocks stays blocked: 'sudo rvpn up' takes over, \
+             'sudo rvpn down --repair' opens it"
+        );
+    }
     if let Some(mender) = mender {
         mender.dismiss();
     }
     control::close();
+    drop(lock);
     match end {
         End::Asked(answer) => {
             if let Some(answer) = answer {
@@ -177,38 +199,6 @@ pub(crate) async fn run(args: Up) -> Outcome {
             undone
         }
         End::Failed(failure) => undone.and(Err(failure)),
-    }
-}
-
-impl Half {
-    fn start() -> Outcome<Half> {
-        let (ours, theirs) = pair().while_doing("make a socket")?;
-        let mut command = Command::new("/proc/self/exe");
-        command
-            .arg("__carry")
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(Stdio::inherit())
-            // Ctrl-C is for us; we tell it.
-            .process_group(0);
-        if many_users() {
-            let owner = Owner::current()?;
-            let (uid, gid) = match owner.uid.is_root() {
-                true => (NOBODY, NOBODY),
-                false => (owner.uid.as_raw(), owner.gid.as_raw()),
-            };
-            command.uid(uid).gid(gid);
-        }
-        let process = command
-            .spawn()
-            .while_doing("start the half that talks to the gateway")?;
-        Ok(Half {
-            wire: Wire::new(ours).while_doing("talk to the other half")?,
-            process,
-            has_device: false,
-        })
     }
 }
 
@@ -249,6 +239,7 @@ impl Parent {
             instance: self.profile.instance.clone(),
             offload: !self.args.no_offload,
             mtu: self.args.mtu,
+            welcomed: self.connected > 0,
         };
         self.tell(&order, None).await
     }
@@ -267,6 +258,7 @@ impl Parent {
             Report::Dial => self.dial().await,
             Report::Welcomed { welcome } => self.welcomed(&welcome).await,
             Report::Lost { why, retry_ms } => {
+                let why = shown(&why);
                 self.turn += 1;
                 let first = self.state != "reconnecting" || self.trouble.as_ref() != Some(&why);
                 if first {
@@ -278,14 +270,7 @@ impl Parent {
                 self.trouble = Some(why);
                 Ok(())
             }
-            Report::Failed { why, refused } => {
-                let kind = if refused {
-                    Kind::Refused
-                } else {
-                    Kind::Protocol
-                };
-                Err(Failure::new(kind, why))
-            }
+            Report::Failed { why, grounds } => Err(Failure::new(grounds.into(), shown(&why))),
             Report::Counted {
                 outbound,
                 inbound,
@@ -301,11 +286,7 @@ impl Parent {
 
     /// The other half died. It held nothing that cannot be had again.
     async fn again(&mut self) -> Outcome {
-        let status = self
-            .half
-            .process
-            .wait()
-            .while_doing("see how the other half ended")?;
+        let status = self.half.finish()?;
         self.restarts += 1;
         if self.restarts > RESTARTS {
             return Err(Failure::internal(format!(
@@ -340,7 +321,12 @@ impl Parent {
     }
 
     async fn welcomed(&mut self, welcome: &Welcome) -> Outcome {
-        plan::judge(&self.args, &mut self.plan, welcome, &self.local)?;
+        let judged = plan::judge(&self.args, &mut self.plan, welcome, &self.local);
+        if let Err(failure) = judged {
+            let why = failure.to_string();
+            self.tell(&Order::Refuse { why }, None).await?;
+            return Err(failure);
+        }
         let terms = Terms::of(welcome);
         if self
             .device
@@ -407,12 +393,9 @@ impl Parent {
         Ok(())
     }
 
-    /// A strict reverse path check looks answers up as if they had no mark, and
-    /// would drop the gateway's. The loose one still drops what has no route.
     async fn loosen(&mut self) -> Outcome {
-        for name in self.net.strict(&self.plan.interface).await? {
-            let path = PathBuf::from(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"));
-            self.journal.set(path, "2")?;
+        for (path, value) in self.net.checks(&self.plan).await? {
+            self.journal.set(path, value)?;
         }
         Ok(())
     }
@@ -486,8 +469,8 @@ impl Parent {
         })
     }
 
-    /// Says goodbye and puts everything back.
-    async fn end(mut self) -> Outcome {
+    /// Says goodbye and puts everything back, or leaves it blocked.
+    async fn end(mut self, stays: bool) -> Outcome {
         let leave = async {
             self.tell(&Order::Stop, None).await?;
             while let Some((report, _)) = self
@@ -505,32 +488,11 @@ impl Parent {
         };
         // Whether it was polite or not, it goes.
         let _polite = timeout(GOODBYE, leave).await;
-        let _dead = self.half.process.kill();
-        let _status = self.half.process.wait();
+        let _status = self.half.finish();
         drop(self.device);
-        self.journal.undo().await
-    }
-}
-
-/// The signals that mean the end.
-struct Signals([Signal; 3]);
-
-impl Signals {
-    fn new() -> Outcome<Signals> {
-        let of = |kind| signal(kind).while_doing("watch for signals");
-        Ok(Signals([
-            of(SignalKind::interrupt())?,
-            of(SignalKind::terminate())?,
-            of(SignalKind::hangup())?,
-        ]))
-    }
-
-    async fn any(&mut self) {
-        let [a, b, c] = &mut self.0;
-        tokio::select! {
-            _ = a.recv() => {}
-            _ = b.recv() => {}
-            _ = c.recv() => {}
+        match stays {
+            true => Ok(()),
+            false => self.journal.undo().await,
         }
     }
 }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use rvpn_proto::control::{Policy, Prefix, Welcome};
 
-use super::net::Plan;
+use super::rules::Plan;
 use crate::cli::Up;
 use crate::fail::{Failure, Kind, Outcome};
 
@@ -67,6 +67,16 @@ pub(crate) fn judge(args: &Up, plan: &mut Plan, welcome: &Welcome, local: &[Pref
     };
     if let Err(refusal) = judged.validate(&policy) {
         let text = format!("the gateway asks for what it may not: {refusal}");
+        return Err(Failure::new(Kind::Protocol, text));
+    }
+    if let Some(open) = resolvers(args, welcome)
+        .into_iter()
+        .find(|r| args.dns.is_empty() && plan.past.iter().any(|p| p.has(*r)))
+    {
+        let text = format!(
+            "the gateway asks for what it may not: it pushes the resolver {open}, which goes \
+             past the tunnel here; choose another with --dns"
+        );
         return Err(Failure::new(Kind::Protocol, text));
     }
     if args.split {

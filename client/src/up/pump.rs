@@ -276,7 +276,10 @@ impl<'a> Session<'a> {
             return Ok(false);
         };
         let packet = &packet[..parsed.len()];
-        if !self.is_mine(&parsed, packet, Side::Destination) {
+        if !self.is_mine(&parsed, packet, Side::Destination)
+            || self.is_mine(&parsed, packet, Side::Source)
+            || is_next_door(&parsed, packet)
+        {
             return Ok(false);
         }
         let mut head = [0; HEAD];
@@ -464,6 +467,15 @@ impl<'a> Session<'a> {
                 .reset(next.max(now + Duration::from_millis(1)));
         }
         Ok(())
+    }
+}
+
+/// From an address that says "on your own wire", as those do who advertise routes.
+fn is_next_door(parsed: &Parsed, packet: &[u8]) -> bool {
+    match parsed.address(packet, Side::Source) {
+        Some(IpAddr::V4(v4)) => v4.is_link_local(),
+        Some(IpAddr::V6(v6)) => v6.is_unicast_link_local(),
+        None => true,
     }
 }
 

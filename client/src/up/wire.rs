@@ -20,6 +20,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::fd::{owned, watch};
+use crate::fail::Kind;
 use crate::profile::{Hidden, Trust};
 
 /// Longest message.
@@ -41,6 +42,8 @@ pub(crate) enum Order {
         offload: bool,
         /// Largest packet.
         mtu: Option<u16>,
+        /// One before you was let in already.
+        welcomed: bool,
     },
     /// A connection on its way, as the descriptor, and a token for it.
     Dialled {
@@ -58,6 +61,11 @@ pub(crate) enum Order {
     Device,
     /// Go on with the device you have.
     Resume,
+    /// What was welcomed is not accepted; the gateway is to know.
+    Refuse {
+        /// Why.
+        why: String,
+    },
     /// The network has changed: what was reachable may not be, or again.
     Changed,
     /// Say goodbye and end.
@@ -86,8 +94,8 @@ pub(crate) enum Report {
     Failed {
         /// Why.
         why: String,
-        /// Which kind of failure, as an exit status.
-        refused: bool,
+        /// Which kind of failure.
+        grounds: Grounds,
     },
     /// How much there was, since the beginning.
     Counted {
@@ -100,6 +108,46 @@ pub(crate) enum Report {
     },
     /// The goodbye was said.
     Left,
+}
+
+/// Why something will not be tried again.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Grounds {
+    /// The gateway does not want us.
+    Refused,
+    /// A file of ours.
+    Config,
+    /// Words of ours.
+    Usage,
+    /// Something of this system.
+    Internal,
+    /// The gateway is not what it should be.
+    Protocol,
+}
+
+impl From<Kind> for Grounds {
+    fn from(kind: Kind) -> Grounds {
+        match kind {
+            Kind::Refused => Grounds::Refused,
+            Kind::Config => Grounds::Config,
+            Kind::Usage => Grounds::Usage,
+            Kind::Internal => Grounds::Internal,
+            Kind::Protocol | Kind::Unavailable => Grounds::Protocol,
+        }
+    }
+}
+
+impl From<Grounds> for Kind {
+    fn from(grounds: Grounds) -> Kind {
+        match grounds {
+            Grounds::Refused => Kind::Refused,
+            Grounds::Config => Kind::Config,
+            Grounds::Usage => Kind::Usage,
+            Grounds::Internal => Kind::Internal,
+            Grounds::Protocol => Kind::Protocol,
+        }
+    }
 }
 
 /// What went one way.

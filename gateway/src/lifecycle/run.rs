@@ -40,6 +40,8 @@ const TICKET_FILE: &str = "ticket.key";
 const CONTROL_THREADS: usize = 2;
 /// How long the helper may take to come up beside us.
 const HELPER_WAIT: Duration = Duration::from_secs(10);
+/// How long connections without a login may go on at a shutdown.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 pub(super) fn run(prepared: Prepared) -> Result<(), Failure> {
     let config = &prepared.config;
@@ -130,6 +132,7 @@ async fn serve(
     let deadline = Instant::now() + config.limits.drain_time;
     sessions.drain(config.limits.drain_time).await;
     let left = connections_left(&front.gate, deadline).await;
+    strangers_left(&front).await;
     if left > 0 {
         warn!(
             connections = left,
@@ -141,6 +144,16 @@ async fn serve(
     tasks.shutdown().await;
     info!("done");
     Ok(())
+}
+
+/// Lets whoever has just come hear an answer. Those who say nothing do not hold
+/// the shutdown up.
+async fn strangers_left(front: &Front) {
+    let mut look = interval(Duration::from_millis(10));
+    let deadline = Instant::now() + LAST_ANSWERS;
+    while front.pending.count() > 0 && Instant::now() < deadline {
+        look.tick().await;
+    }
 }
 
 /// Waits until all connections are closed: a session that has ended may still

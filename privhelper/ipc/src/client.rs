@@ -50,15 +50,7 @@ impl fmt::Display for ClientError {
     }
 }
 
-impl std::error::Error for ClientError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            ClientError::Io(e) => Some(e),
-            ClientError::Frame(e) => Some(e),
-            _ => None,
-        }
-    }
-}
+impl std::error::Error for ClientError {}
 
 impl From<io::Error> for ClientError {
     fn from(e: io::Error) -> Self {
@@ -100,86 +92,71 @@ impl Client {
         let socket = seqpacket::connect(path)?;
         seqpacket::set_timeout(socket.as_fd(), EXCHANGE_TIMEOUT)?;
         let found = seqpacket::peer_cred(socket.as_fd())?.uid;
-        if found != helper_uid {
-            return Err(ClientError::WrongPeer {
-                found,
-                expected: helper_uid,
-            });
+        let expected = helper_uid;
+        if found != expected {
+            return Err(ClientError::WrongPeer { found, expected });
         }
+        let (seq, notices) = (0, VecDeque::new());
         let mut client = Client {
             socket,
-            seq: 0,
-            notices: VecDeque::new(),
+            seq,
+            notices,
         };
         let flags = if successor { FLAG_SUCCESSOR } else { 0 };
-        let request = Request {
+        let hello = Request {
             flags,
-            ..Request::new(Op::Hello, client.next())
+            ..Request::new(Op::Hello, 0)
         };
-        let reply = client.exchange(&request)?.reply;
+        let reply = client.exchange(hello)?.reply;
         Ok((client, reply))
-    }
-
-    fn next(&mut self) -> u32 {
-        self.seq = self.seq.checked_add(1).unwrap_or(1);
-        self.seq
     }
 
     /// The pool's figures.
     pub fn describe(&mut self) -> Result<Reply, ClientError> {
-        let request = Request::new(Op::Describe, self.next());
-        Ok(self.exchange(&request)?.reply)
+        Ok(self.exchange(Request::new(Op::Describe, 0))?.reply)
     }
 
     /// A slot for `key`.
     pub fn acquire(&mut self, key: Key, kind: Kind, class: Class) -> Result<Lease, ClientError> {
-        let request = Request {
+        let (wanted, kind) = (kind.has_tun(), Some(kind));
+        let acquire = Request::new(Op::Acquire, 0);
+        let lease = self.exchange(Request {
             key,
-            kind: Some(kind),
+            kind,
             class,
-            ..Request::new(Op::Acquire, self.next())
-        };
-        let lease = self.exchange(&request)?;
-        if lease.tun.is_some() != kind.has_tun() {
+            ..acquire
+        })?;
+        if lease.tun.is_some() != wanted {
             return Err(ClientError::Mismatch("the TUN descriptor"));
         }
         Ok(lease)
     }
 
     /// Claims a lease held before the helper or the gateway restarted.
-    pub fn confirm(
-        &mut self,
-        slot: Slot,
-        generation: Generation,
-        key: Key,
-    ) -> Result<Reply, ClientError> {
-        let request = Request {
-            slot,
-            generation,
-            key,
-            ..Request::new(Op::Confirm, self.next())
-        };
-        Ok(self.exchange(&request)?.reply)
+    pub fn confirm(&mut self, slot: Slot, g: Generation, key: Key) -> Result<Reply, ClientError> {
+        self.about(Op::Confirm, slot, g, key)
     }
 
     /// Leaves the lease to its linger time. The caller closes its TUN first.
-    pub fn linger(&mut self, slot: Slot, generation: Generation) -> Result<(), ClientError> {
-        let request = Request {
-            slot,
-            generation,
-            ..Request::new(Op::Linger, self.next())
-        };
-        self.exchange(&request).map(drop)
+    pub fn linger(&mut self, slot: Slot, g: Generation) -> Result<(), ClientError> {
+        self.about(Op::Linger, slot, g, Key::NONE).map(drop)
     }
 
     /// Gives the lease back. The caller closes its TUN first.
-    pub fn release(&mut self, slot: Slot, generation: Generation) -> Result<(), ClientError> {
-        let request = Request {
-            slot,
-            generation,
-            ..Request::new(Op::Release, self.next())
-        };
-        self.exchange(&request).map(drop)
+    pub fn release(&mut self, slot: Slot, g: Generation) -> Result<(), ClientError> {
+        self.about(Op::Release, slot, g, Key::NONE).map(drop)
+    }
+
+    fn about(&mut self, op: Op, slot: Slot, g: Generation, key: Key) -> Result<Reply, ClientError> {
+        let (generation, request) = (g, Request::new(op, 0));
+        Ok(self
+            .exchange(Request {
+                slot,
+                generation,
+                key,
+                ..request
+            })?
+            .reply)
     }
 
     /// The oldest notice that arrived with an answer and was not taken yet.
@@ -194,11 +171,7 @@ impl Client {
         }
         let (reply, _) = self.receive()?;
         match reply.op {
-            None => Ok(Notice {
-                status: reply.status,
-                slot: reply.slot,
-                generation: reply.generation,
-            }),
+            None => Ok(reply.into()),
             Some(_) => Err(ClientError::Mismatch("an answer nobody waits for")),
         }
     }
@@ -215,33 +188,24 @@ impl Client {
             return Err(ClientError::Closed);
         }
         if got.truncated || got.surplus_fds {
-            return Err(ClientError::Mismatch(
-                "more bytes or descriptors than one answer has",
-            ));
+            let what = "more bytes or descriptors than one answer has";
+            return Err(ClientError::Mismatch(what));
         }
         let reply = Reply::decode(&buf[..got.len]).map_err(ClientError::Frame)?;
         Ok((reply, got.fd))
     }
 
-    fn exchange(&mut self, request: &Request) -> Result<Lease, ClientError> {
-        unbroken(|| seqpacket::send(self.socket.as_fd(), &request.encode(), None))?;
+    /// Sends a request under the next number and waits for its answer.
+    fn exchange(&mut self, request: Request) -> Result<Lease, ClientError> {
+        self.seq = self.seq.checked_add(1).unwrap_or(1);
+        let (op, seq) = (request.op, self.seq);
+        let frame = Request { seq, ..request }.encode();
+        unbroken(|| seqpacket::send(self.socket.as_fd(), &frame, None))?;
         loop {
             let (reply, tun) = self.receive()?;
             match reply.op {
-                None => {
-                    let Reply {
-                        status,
-                        slot,
-                        generation,
-                        ..
-                    } = reply;
-                    self.notices.push_back(Notice {
-                        status,
-                        slot,
-                        generation,
-                    });
-                }
-                Some(op) if op != request.op || reply.seq != request.seq => {
+                None => self.notices.push_back(reply.into()),
+                Some(answered) if answered != op || reply.seq != seq => {
                     return Err(ClientError::Mismatch("operation or sequence number"));
                 }
                 Some(_) if reply.status == Status::Ok => return Ok(Lease { reply, tun }),
