@@ -97,10 +97,11 @@ impl Pool {
         };
         let slot = self.len();
         self.counts.cleaning += 1;
-        self.slots.push(Entry {
+        let (cleaning, slots) = (State::Cleaning, &mut self.slots);
+        slots.push(Entry {
             generation,
             index,
-            state: State::Cleaning,
+            state: cleaning,
             lease,
         });
         self.enter(slot, state, lease);
@@ -114,10 +115,9 @@ impl Pool {
         if let Some(l) = entry.live() {
             self.keys.remove(&l.key);
         }
-        if entry.state == State::Free
-            && let Some(at) = self.free.iter().position(|&s| s == slot)
-        {
-            self.free.remove(at);
+        if entry.state == State::Free {
+            let at = self.free.iter().position(|&s| s == slot);
+            at.and_then(|at| self.free.remove(at));
         }
         (entry.state, entry.lease) = (state, lease);
         if let Some(l) = entry.live() {
@@ -167,9 +167,8 @@ impl Pool {
 
     /// Every slot that has a device.
     pub(crate) fn devices(&self) -> impl Iterator<Item = (Slot, u32)> {
-        self.entries()
-            .filter(|e| e.1.index != 0)
-            .map(|(slot, e)| (slot, e.index))
+        let devices = self.entries().map(|(slot, e)| (slot, e.index));
+        devices.filter(|d| d.1 != 0)
     }
 
     /// Every slot that is to be cleaned.
@@ -181,10 +180,8 @@ impl Pool {
     /// Finds the slot for a key; [`Pool::grant`] makes it the holder's once its device is open.
     pub(crate) fn find(&self, key: Key) -> Acquired {
         let Some(&slot) = self.keys.get(&key) else {
-            return self
-                .free
-                .front()
-                .map_or(Acquired::Full, |&slot| Acquired::Fresh(slot));
+            let next = self.free.front().copied();
+            return next.map_or(Acquired::Full, Acquired::Fresh);
         };
         let entry = &self.slots[slot as usize];
         match entry.state {
@@ -207,9 +204,8 @@ impl Pool {
 
     /// A lease claimed by whoever holds it already, or by the gateway that takes over.
     pub(crate) fn confirm(&mut self, slot: Slot, g: Generation, key: Key, holder: Holder) -> bool {
-        let lease = self
-            .lease(slot)
-            .filter(|l| l.key == key && self.generation(slot) == g);
+        let lease = self.lease(slot).filter(|l| l.key == key);
+        let lease = lease.filter(|_| self.generation(slot) == g);
         if lease.is_some() {
             self.enter(slot, State::Leased(holder), lease);
         }
@@ -285,12 +281,9 @@ impl Pool {
 
     /// The slot is proven clean, on this device.
     pub(crate) fn cleaned(&mut self, slot: Slot, index: u32) {
-        if self
-            .slots
-            .get(slot as usize)
-            .is_some_and(|e| e.state == State::Cleaning)
-        {
-            self.set_index(slot, index);
+        let entry = self.slots.get_mut(slot as usize);
+        if let Some(entry) = entry.filter(|e| e.state == State::Cleaning) {
+            entry.index = index;
             self.enter(slot, State::Free, None);
         }
     }
