@@ -37,6 +37,7 @@ mod cleaner;
 mod config;
 mod confine;
 #[cfg(feature = "fault-hooks")]
+#[path = "../tests/hooks/fault.rs"]
 mod fault;
 mod kernel;
 mod net;

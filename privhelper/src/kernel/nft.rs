@@ -6,8 +6,7 @@
 //! counters NAME...                       one named counter each
 //! timeouts NAME FAMILY PROTOCOL SECONDS...   a timeout object, by state
 //! set NAME KEY [verdict|mark] [counter] [interval] [count]
-//! nets SET PREFIX...                     elements of an interval set
-//! protocols SET NUMBER...                elements of a set of protocols
+//! elements SET VALUE...                  prefixes, or numbers of one byte
 //! chain NAME TYPE HOOK PRIORITY          one the kernel calls
 //! chains NAME...                         those that others call
 //! CHAIN: TERM, TERM...                   a rule
@@ -18,7 +17,7 @@
 //! the other family's. Numbers in attributes are big-endian; what a register holds for an
 //! interface, a mark or a state is native-endian, as the kernel loads it.
 
-use std::io;
+use std::{io, iter};
 
 use super::Kernel;
 use super::netlink::{Nest, message};
@@ -57,41 +56,32 @@ const GOTO: i32 = -4;
 const COUNTER: u32 = 1;
 const TIMEOUT: u32 = 7;
 
-use Source::{Ct, Fib, Header, Meta};
+/// A field of a packet: its name, the expression that loads it, that one's
+/// attributes from the second on, its width. What ends in 4 or 6 is of that family
+/// alone. `payload` takes from the network header (1) or the transport header (2).
+type Field = (&'static str, &'static str, &'static [u32], usize);
 
-/// What loads a field.
-#[derive(Clone, Copy)]
-enum Source {
-    Meta(u32),
-    Ct(u32),
-    /// The type of an address, as the routing table has it.
-    Fib(u32),
-    /// Of the network header (1) or the transport header (2), from this byte on.
-    Header(u32, u32),
-}
-
-/// The fields of a packet: name, source, width. What ends in 4 or 6 is of that family alone.
-const FIELDS: [(&str, Source, usize); 20] = [
-    ("iif", Meta(4), 4),
-    ("oif", Meta(5), 4),
-    ("nfproto", Meta(15), 1),
-    ("l4proto", Meta(16), 1),
-    ("iifgroup", Meta(21), 4),
-    ("oifgroup", Meta(22), 4),
-    ("ctstate", Ct(0), 4),
-    ("ctmark", Ct(3), 4),
-    ("saddrtype", Fib(1), 4),
-    ("daddrtype", Fib(2), 4),
-    ("words4", Header(1, 0), 1),
-    ("saddr4", Header(1, 12), 4),
-    ("daddr4", Header(1, 16), 4),
-    ("nexthdr6", Header(1, 6), 1),
-    ("saddr6", Header(1, 8), 16),
-    ("shost6", Header(1, 22), 2),
-    ("daddr6", Header(1, 24), 16),
-    ("icmptype", Header(2, 0), 1),
-    ("dport", Header(2, 2), 2),
-    ("tcpflags", Header(2, 13), 1),
+const FIELDS: [Field; 20] = [
+    ("iif", "meta", &[4], 4),
+    ("oif", "meta", &[5], 4),
+    ("nfproto", "meta", &[15], 1),
+    ("l4proto", "meta", &[16], 1),
+    ("iifgroup", "meta", &[21], 4),
+    ("oifgroup", "meta", &[22], 4),
+    ("ctstate", "ct", &[0], 4),
+    ("ctmark", "ct", &[3], 4),
+    ("saddrtype", "fib", &[3, 1], 4),
+    ("daddrtype", "fib", &[3, 2], 4),
+    ("words4", "payload", &[1, 0, 1], 1),
+    ("saddr4", "payload", &[1, 12, 4], 4),
+    ("daddr4", "payload", &[1, 16, 4], 4),
+    ("nexthdr6", "payload", &[1, 6, 1], 1),
+    ("saddr6", "payload", &[1, 8, 16], 16),
+    ("shost6", "payload", &[1, 22, 2], 2),
+    ("daddr6", "payload", &[1, 24, 16], 16),
+    ("icmptype", "payload", &[2, 0, 1], 1),
+    ("dport", "payload", &[2, 2, 2], 2),
+    ("tcpflags", "payload", &[2, 13, 1], 1),
 ];
 
 /// Terms that stand for others: a packet's family and protocol.
@@ -160,7 +150,7 @@ fn mask(len: u8, width: usize) -> Vec<u8> {
     bits.to_be_bytes()[..width].to_vec()
 }
 
-fn field(s: &str) -> Option<(&'static str, Source, usize)> {
+fn field(s: &str) -> Option<Field> {
     let name = s.split(['/', '&']).next()?;
     FIELDS.into_iter().find(|f| f.0 == name)
 }
@@ -180,18 +170,18 @@ fn held(n: u32, width: usize) -> Vec<u8> {
 fn key(s: &str) -> Option<Vec<u8>> {
     let (mut guards, mut loads) = (Vec::new(), Vec::new());
     for (reg, part) in (R0..).zip(s.split('.')) {
-        let (name, source, width) = field(part)?;
+        let (name, expression, values, width) = field(part)?;
         if let Some(family @ ('4' | '6')) = name.chars().last() {
             guards.extend(term(&format!("ip{family}"))?);
         }
-        loads.extend(match source {
-            Meta(key) => expr!("meta", 1 => reg, 2 => key),
-            Ct(key) => expr!("ct", 1 => reg, 2 => key),
-            Fib(of) => expr!("fib", 1 => reg, 2 => 3, 3 => of),
-            Header(base, at) => {
-                expr!("payload", 1 => reg, 2 => base, 3 => at, 4 => width as u32)
-            }
-        });
+        let values = (2..).zip(values).map(|(kind, v)| attrs![kind => *v]);
+        let all = Nest(
+            iter::once(attrs![1 => reg])
+                .chain(values)
+                .flatten()
+                .collect(),
+        );
+        loads.extend(attrs![1 => nest![1 => expression, 2 => all]]);
         if let Some((_, len)) = part.split_once('/') {
             loads.extend(and(reg, &mask(len.parse().ok()?, width)));
         } else if let Some((_, bits)) = part.split_once('&') {
@@ -263,7 +253,7 @@ fn term(s: &str) -> Option<Vec<u8>> {
         }
         [name, op, n] => {
             let op = COMPARISONS.iter().position(|o| *o == op)? as u32;
-            vec![key(name)?, cmp(op, &held(number(n)?, field(name)?.2))]
+            vec![key(name)?, cmp(op, &held(number(n)?, field(name)?.3))]
         }
         _ => return None,
     };
@@ -398,17 +388,14 @@ impl Batch {
                 self.put(NEW_OBJECT, &attrs![2 => name, 3 => TIMEOUT, 4 => data]);
             }
             ["set", name, key, ref features @ ..] => self.set(name, key, features)?,
-            ["nets", set, ref nets @ ..] => {
-                let nets = nets.iter().map(|n| n.parse().ok()).collect::<Option<_>>()?;
-                let flags = |last: bool| if last { attrs![3 => 1] } else { Vec::new() };
-                let ends = intervals(nets).into_iter();
-                let all: Vec<_> = ends.map(|(k, last)| element(&k, &flags(last))).collect();
-                self.elements(NEW_ELEMENT, set, &all);
-            }
-            ["protocols", set, ref numbers @ ..] => {
-                let one = |n: &&str| Some(element(&[n.parse().ok()?], &[]));
-                let all = numbers.iter().map(one);
-                self.elements(NEW_ELEMENT, set, &all.collect::<Option<Vec<_>>>()?);
+            ["elements", set, ref values @ ..] => {
+                let nets = values.iter().map(|v| v.parse().ok()).collect::<Option<_>>();
+                let number = |v: &&str| Some((vec![v.parse::<u8>().ok()?], false));
+                let numbers = || values.iter().map(number).collect::<Option<_>>();
+                let keys: Vec<_> = nets.map(intervals).or_else(numbers)?;
+                let last = |last: bool| if last { attrs![3 => 1] } else { Vec::new() };
+                let all = keys.iter().map(|(key, end)| element(key, &last(*end)));
+                self.elements(NEW_ELEMENT, set, &all.collect::<Vec<_>>());
             }
             ["chains", ref names @ ..] => {
                 for &name in names {
@@ -490,8 +477,8 @@ mod tests {
             "chain c filter nowhere 0",
             "set s ipv5",
             "set s ipv4 verdikt",
-            "nets s 10.0.0.0",
-            "protocols s 256",
+            "elements s 10.0.0.0",
+            "elements s 256",
             "timeouts t 2 6 soon",
         ] {
             assert!(Batch::new().compile(bad).is_err(), "{bad}");

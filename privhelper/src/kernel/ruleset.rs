@@ -40,13 +40,13 @@ const TABLE: &str = "
     set headers6 protocol
     set flows_$class mark count
 
-    nets special4 0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12
-    nets special4 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15
-    nets special4 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
+    elements special4 0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12
+    elements special4 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15
+    elements special4 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
     // What is not global unicast, and what inside it is not an internet host's.
-    nets special6 ::/3 2001::/23 2001:db8::/32 2002::/16 3fff::/20 4000::/2 8000::/1
-    protocols protocols4 1 6 17
-    protocols headers6 6 17 44 58
+    elements special6 ::/3 2001::/23 2001:db8::/32 2002::/16 3fff::/20 4000::/2 8000::/1
+    elements protocols4 1 6 17
+    elements headers6 6 17 44 58
 
     chain pre filter prerouting -310
     chain mark filter prerouting -150
@@ -201,23 +201,25 @@ fn elements(c: &Config, l: &Live) -> Vec<(&'static str, Vec<u8>)> {
     let owner = [at, plan::mark(l.slot, 0).to_ne_bytes()].concat();
     let mark = mark_data(plan::mark(l.slot, class));
     let goto = goto_data(&format!("class_{class}"));
-    let mut all = vec![
-        ("lease4", element(&v4, &goto)),
-        ("lease6", element(&v6, &goto)),
-        ("back4", element(&v4, &[])),
-        ("back6", element(&v6, &[])),
-        ("marks", element(&at, &mark)),
-        ("owned", element(&owner, &[])),
+    let rows = [
+        ("lease4", &v4[..], &goto[..]),
+        ("lease6", &v6, &goto),
+        ("back4", &v4, &[]),
+        ("back6", &v6, &[]),
+        ("marks", &at, &mark),
+        ("owned", &owner, &[]),
+        ("stream4", &s4, &goto),
+        ("stream6", &s6, &goto),
+        ("stream_marks4", &s4, &mark),
+        ("stream_marks6", &s6, &mark),
     ];
-    if l.lease.kind.has_streams() {
-        all.extend([
-            ("stream4", element(&s4, &goto)),
-            ("stream6", element(&s6, &goto)),
-            ("stream_marks4", element(&s4, &mark)),
-            ("stream_marks6", element(&s6, &mark)),
-        ]);
-    }
-    all
+    let streams = l.lease.kind.has_streams();
+    let wanted = rows
+        .into_iter()
+        .filter(|row| streams || !row.0.starts_with("stream"));
+    wanted
+        .map(|(set, key, data)| (set, element(key, data)))
+        .collect()
 }
 
 /// The elements of all leases, set by set.
