@@ -208,12 +208,10 @@ fn insist(k: &mut Kernel) -> Result<(), Failure> {
             _ => {}
         }
     }
-    let text = wrong.join("\n");
-    if wrong.is_empty() {
-        Ok(())
-    } else {
-        Err(Failure(BAD_CONFIG, text))
+    if !wrong.is_empty() {
+        return Err(Failure(BAD_CONFIG, wrong.join("\n")));
     }
+    Ok(())
 }
 
 fn provision(config: &Arc<Config>) -> Result<(), Failure> {
@@ -301,12 +299,11 @@ fn check(config: &Arc<Config>) -> Result<(), Failure> {
         println!("{weight:<8} {text}");
     }
     let n = findings.iter().filter(|f| f.0 == check::WRONG).count();
-    let text = format!("{n} of these must be mended first");
-    if n == 0 {
-        Ok(())
-    } else {
-        Err(Failure(BAD_CONFIG, text))
+    if n > 0 {
+        let text = format!("{n} of these must be mended first");
+        return Err(Failure(BAD_CONFIG, text));
     }
+    Ok(())
 }
 
 /// What is there by the kernel's account alone: no helper is asked, so none need be alive.

@@ -39,7 +39,20 @@ struct Entry {
     lease: Option<LeaseTag>,
 }
 
+/// What a number that is no slot's stands for: nothing to be had of it, nothing to be done to it.
+const NOWHERE: Entry = Entry::new(0, 0, None);
+
 impl Entry {
+    const fn new(generation: Generation, index: u32, lease: Option<LeaseTag>) -> Entry {
+        let state = State::Cleaning;
+        Entry {
+            generation,
+            index,
+            state,
+            lease,
+        }
+    }
+
     fn live(&self) -> Option<LeaseTag> {
         let live = matches!(self.state, State::Leased(_) | State::Lingering(_));
         self.lease.filter(|_| live)
@@ -97,13 +110,7 @@ impl Pool {
         };
         let slot = self.len();
         self.counts.cleaning += 1;
-        let (cleaning, slots) = (State::Cleaning, &mut self.slots);
-        slots.push(Entry {
-            generation,
-            index,
-            state: cleaning,
-            lease,
-        });
+        self.slots.push(Entry::new(generation, index, lease));
         self.enter(slot, state, lease);
     }
 
@@ -136,22 +143,26 @@ impl Pool {
         self.counts
     }
 
+    fn entry(&self, slot: Slot) -> &Entry {
+        self.slots.get(slot as usize).unwrap_or(&NOWHERE)
+    }
+
     pub(crate) fn index(&self, slot: Slot) -> u32 {
-        self.slots.get(slot as usize).map_or(0, |e| e.index)
+        self.entry(slot).index
     }
 
     pub(crate) fn generation(&self, slot: Slot) -> Generation {
-        self.slots.get(slot as usize).map_or(0, |e| e.generation)
+        self.entry(slot).generation
     }
 
     /// The slot's lease, if it has one.
     pub(crate) fn lease(&self, slot: Slot) -> Option<LeaseTag> {
-        self.slots.get(slot as usize)?.live()
+        self.entry(slot).live()
     }
 
     /// What a slot that is being cleaned was leased as.
     pub(crate) fn former(&self, slot: Slot) -> Option<LeaseTag> {
-        let entry = self.slots.get(slot as usize)?;
+        let entry = self.entry(slot);
         entry.lease.filter(|_| entry.state == State::Cleaning)
     }
 
@@ -183,7 +194,7 @@ impl Pool {
             let next = self.free.front().copied();
             return next.map_or(Acquired::Full, Acquired::Fresh);
         };
-        let entry = &self.slots[slot as usize];
+        let entry = self.entry(slot);
         match entry.state {
             State::Leased(holder) => Acquired::Held(slot, entry.generation, holder),
             _ => Acquired::Resumed(slot),
@@ -220,13 +231,11 @@ impl Pool {
         holder: Holder,
         until: Option<Instant>,
     ) -> bool {
-        let Some(entry) = self.slots.get(slot as usize) else {
-            return false;
-        };
-        let lease = entry.lease;
+        let entry = self.entry(slot);
         let held = entry.generation == g && entry.state == State::Leased(holder);
         if held {
-            self.enter(slot, until.map_or(State::Cleaning, State::Lingering), lease);
+            let state = until.map_or(State::Cleaning, State::Lingering);
+            self.enter(slot, state, entry.lease);
         }
         held
     }
@@ -234,7 +243,7 @@ impl Pool {
     /// A gateway is gone: all it held lingers.
     pub(crate) fn holder_gone(&mut self, holder: Holder, until: Instant) {
         for slot in 0..self.len() {
-            let entry = &self.slots[slot as usize];
+            let entry = self.entry(slot);
             if entry.state == State::Leased(holder) {
                 self.enter(slot, State::Lingering(until), entry.lease);
             }
@@ -267,9 +276,7 @@ impl Pool {
     /// The device vanished or was changed. False when the slot was being cleaned already;
     /// else also the lease's generation and holder, if it has them.
     pub(crate) fn lost(&mut self, slot: Slot) -> (Option<(Generation, Holder)>, bool) {
-        let Some(entry) = self.slots.get(slot as usize) else {
-            return (None, false);
-        };
+        let entry = self.entry(slot);
         let told = match entry.state {
             State::Cleaning => return (None, false),
             State::Leased(holder) => Some((entry.generation, holder)),

@@ -17,7 +17,7 @@
 //! the other family's. Numbers in attributes are big-endian; what a register holds for an
 //! interface, a mark or a state is native-endian, as the kernel loads it.
 
-use std::{io, iter};
+use std::io;
 
 use super::Kernel;
 use super::netlink::{Nest, message};
@@ -146,7 +146,8 @@ fn number(s: &str) -> Option<u32> {
 
 /// The first bits of so many bytes.
 fn mask(len: u8, width: usize) -> Vec<u8> {
-    let bits = u128::MAX.checked_shl(128 - u32::from(len)).unwrap_or(0);
+    let bits = u128::MAX.checked_shl(128_u32.saturating_sub(len.into()));
+    let bits = bits.unwrap_or(0);
     bits.to_be_bytes()[..width].to_vec()
 }
 
@@ -157,11 +158,9 @@ fn field(s: &str) -> Option<Field> {
 
 /// A number as the register of a field of this width holds it.
 fn held(n: u32, width: usize) -> Vec<u8> {
-    let short = n.to_be_bytes()[4 - width.min(4)..].to_vec();
-    if width == 4 {
-        n.to_ne_bytes().to_vec()
-    } else {
-        short
+    match width {
+        4 => n.to_ne_bytes().to_vec(),
+        _ => n.to_be_bytes()[4 - width.min(4)..].to_vec(),
     }
 }
 
@@ -175,13 +174,8 @@ fn key(s: &str) -> Option<Vec<u8>> {
             guards.extend(term(&format!("ip{family}"))?);
         }
         let values = (2..).zip(values).map(|(kind, v)| attrs![kind => *v]);
-        let all = Nest(
-            iter::once(attrs![1 => reg])
-                .chain(values)
-                .flatten()
-                .collect(),
-        );
-        loads.extend(attrs![1 => nest![1 => expression, 2 => all]]);
+        let all = [attrs![1 => reg], values.flatten().collect()].concat();
+        loads.extend(attrs![1 => nest![1 => expression, 2 => Nest(all)]]);
         if let Some((_, len)) = part.split_once('/') {
             loads.extend(and(reg, &mask(len.parse().ok()?, width)));
         } else if let Some((_, bits)) = part.split_once('&') {
@@ -219,10 +213,8 @@ fn term(s: &str) -> Option<Vec<u8>> {
         // True when the set counts more flows than this with the same key.
         [fields, "counts", set, "over", most] => {
             let limit = nest![1 => "connlimit", 2 => nest![1 => number(most)?, 2 => 1]];
-            vec![
-                key(fields)?,
-                expr!("dynset", 1 => set, 3 => 0, 4 => R0, 7 => limit),
-            ]
+            let count = expr!("dynset", 1 => set, 3 => 0, 4 => R0, 7 => limit);
+            vec![key(fields)?, count]
         }
         // Lowers the segment size a SYN offers to what the path carries.
         ["clamp-segments"] => vec![
