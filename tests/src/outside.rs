@@ -59,6 +59,11 @@ impl Outside {
         seen.sum()
     }
 
+    /// Forgets what was seen.
+    pub fn forget(&mut self) {
+        self.captures.iter_mut().for_each(Capture::clear);
+    }
+
     /// Waits until everything that left the machine before has been seen: what
     /// leaves now on purpose, on every processor and in both families, is.
     #[track_caller]
