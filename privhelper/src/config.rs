@@ -111,9 +111,10 @@ pub(crate) fn load(path: &Path) -> Result<Config, String> {
     let meta = file.metadata().map_err(failed)?;
     let (uid, me) = (meta.uid(), nix::unistd::geteuid().as_raw());
     let trusted = uid == 0 || uid == me && confine::in_user_namespace();
+    let remedy = format!("chown root {shown}");
     ensure!(
         trusted,
-        "{shown}: owned by uid {uid}, must be root's: chown root {shown}"
+        "{shown}: owned by uid {uid}, must be root's: {remedy}"
     );
     let closed = meta.mode() & 0o022 == 0;
     ensure!(closed, "{shown}: others may write it: chmod go-w {shown}");
@@ -155,16 +156,10 @@ pub(crate) fn parse(text: &str, env: &Environment) -> Result<Config, String> {
         udp_replied: v.get("ct-timeout.udp-replied", number)?,
         classes: v.classes()?,
         mtu: v.get("mtu", least(1280, "is below 1280, the least IPv6 needs"))?,
-        txqueuelen: v.get(
-            "txqueuelen",
-            least(1, "drops every packet: give at least 1"),
-        )?,
+        txqueuelen: v.get("txqueuelen", least(1, "drops every packet: give more"))?,
         socket: v.get("socket", path)?,
         state: v.get("state", path)?,
-        link_group: v.get(
-            "link-group",
-            least(1, "is every interface's own: give another"),
-        )?,
+        link_group: v.get("link-group", least(1, "is every interface's own"))?,
         offload: v.get("offload", on)?,
     };
     check(&config)?;
@@ -185,10 +180,8 @@ fn lines<'a>(text: impl Iterator<Item = &'a str>) -> Result<Lines, String> {
         let (key, value) = parts.ok_or(format!("line {n}: '{line}' is not 'key = value'"))?;
         let (key, value) = (key.trim(), value.trim().trim_matches('"').trim());
         if let Some((first, _)) = values.insert(key.to_owned(), (n, value.to_owned())) {
-            let remedy = "keep one";
-            return Err(format!(
-                "line {n}: '{key}' was set on line {first} already: {remedy}"
-            ));
+            let again = format!("'{key}' was set on line {first} already");
+            return Err(format!("line {n}: {again}: keep one"));
         }
     }
     Ok(values)
@@ -197,7 +190,7 @@ fn lines<'a>(text: impl Iterator<Item = &'a str>) -> Result<Lines, String> {
 /// `class.N.key` for N from 1 to 15: the number and the key.
 fn class_key(key: &str) -> Option<(u8, &str)> {
     let (n, key) = key.strip_prefix("class.")?.split_once('.')?;
-    Some((n.parse().ok().filter(|n| (1..16).contains(n))?, key))
+    Some(((1..16).find(|c| c.to_string() == n)?, key))
 }
 
 struct Values {
@@ -214,13 +207,10 @@ impl Values {
             None => key.to_owned(),
         };
         if let Some((key, (n, _))) = said.iter().find(|(k, _)| !defaults.contains_key(&model(k))) {
-            let near = defaults
-                .keys()
-                .min_by_key(|k| distance(k.as_bytes(), key.as_bytes()));
-            let near = near.map_or("", String::as_str);
-            return Err(format!(
-                "line {n}: unknown key '{key}'; did you mean '{near}'?"
-            ));
+            let far = |k: &&String| distance(k.as_bytes(), key.as_bytes());
+            let near = defaults.keys().min_by_key(far).map_or("", String::as_str);
+            let why = format!("unknown key '{key}'; did you mean '{near}'?");
+            return Err(format!("line {n}: {why}"));
         }
         Ok(Values { said, defaults })
     }
@@ -308,10 +298,8 @@ pub(crate) fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
 
 /// A private /48 that is this machine's own and the same at every start.
 fn ula(env: &Environment) -> Result<Net, String> {
-    let (id, missing) = (
-        env.machine_id.trim(),
-        "/etc/machine-id, which is missing or empty",
-    );
+    let id = env.machine_id.trim();
+    let missing = "/etc/machine-id, which is missing or empty";
     ensure!(
         id.len() >= 16,
         "needs {missing}: give a /48 out of fd00::/8"
@@ -342,10 +330,8 @@ fn range(s: &str) -> Result<(u16, u16), String> {
     let (low, high) = ends.ok_or("is not a range such as 16384-32767")?;
     let (low, high): (u16, u16) = (number(low.trim())?, number(high.trim())?);
     let large = low >= 1024 && u32::from(high) >= u32::from(low) + 1023;
-    ensure!(
-        large,
-        "is too small: it must hold at least 1024 ports from 1024 up"
-    );
+    let wanted = "it must hold at least 1024 ports from 1024 up";
+    ensure!(large, "is too small: {wanted}");
     Ok((low, high))
 }
 
@@ -394,26 +380,21 @@ fn check(c: &Config) -> Result<(), String> {
         }
         for n in c.classes.iter().flat_map(|k| &k.allow) {
             let theirs = !n.overlaps(a);
-            ensure!(
-                theirs,
-                "allow = '{n}' opens {a}, the clients' own range: remove it"
-            );
+            let what = format!("'{n}' opens {a}, the clients' own range");
+            ensure!(theirs, "allow = {what}: remove it");
         }
     }
     ensure!(pool6.len == 48, "pool6 = '{pool6}' is not a /48");
     // Slots the IPv4 ranges number: a /24 of the pool and one stream address each.
     let pool = 1_u64 << 24_u8.saturating_sub(pool4.len);
     let pool = if pool4.len > 24 { 0 } else { pool };
-    let room = pool
-        .min(1 << (32 - stream4.len))
-        .min(plan::MAX_SLOTS.into());
+    let streams = 1 << (32 - stream4.len);
+    let room = pool.min(streams).min(plan::MAX_SLOTS.into());
     let (slots, most) = (c.slots, c.max_slots);
     let why = format!("pool4 {pool4} and stream4 {stream4} have room for {room}");
     let fits = u64::from(most) <= room;
-    ensure!(
-        fits,
-        "max-slots = {most} does not fit: {why}; enlarge them or lower max-slots"
-    );
+    let remedy = "enlarge them or lower max-slots";
+    ensure!(fits, "max-slots = {most} does not fit: {why}; {remedy}");
     let fits = 1 <= slots && slots <= most;
     ensure!(fits, "slots = {slots} is not from 1 to max-slots = {most}");
     Ok(())
