@@ -177,7 +177,7 @@ fn f_11_each_rule_of_the_kernel_and_its_counter() {
                 vec![
                     udp(&other.v4.to_string(), 1),
                     udp(&other.source(UP6), 1),
-                    packet::icmp4(&a, &other.v4.to_string(), 3, 1, &canary.0),
+                    packet::echo(&a, &other.v4.to_string(), 1, 1, &canary.0),
                 ],
             ),
             (
