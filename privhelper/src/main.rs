@@ -51,7 +51,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -117,56 +117,40 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// What is asked for: command, configuration, whether as JSON; `None` when it was answered here.
-fn arguments() -> Result<Option<(String, PathBuf, bool)>, Failure> {
-    let usage = |text: String| Err(Failure(BAD_USAGE, text));
-    let (mut command, mut json) = (String::new(), false);
-    let mut config = PathBuf::from(DEFAULT_CONFIG);
-    // What is no text is understood by nobody further down.
-    let text = |a: std::ffi::OsString| a.to_string_lossy().into_owned();
-    let mut args = std::env::args_os().skip(1).map(text);
-    while let Some(a) = args.next() {
-        match a.as_str() {
-            "--help" | "-h" => {
-                print!("{USAGE}");
-                return Ok(None);
-            }
-            "--version" | "-V" => {
-                println!("rvpn-privhelper {}", env!("CARGO_PKG_VERSION"));
-                return Ok(None);
-            }
-            "--config" => match args.next() {
-                Some(path) if path.starts_with('/') => config = path.into(),
-                Some(path) => return usage(format!("--config '{path}' is not an absolute path")),
-                None => return usage("--config needs a file".to_owned()),
-            },
-            "--json" if command == "status" => json = true,
-            "provision" | "serve" | "status" | "check" | "teardown" if command.is_empty() => {
-                command = a;
-            }
-            _ => return usage(format!("'{a}' is not understood here")),
-        }
-    }
-    if command.is_empty() {
-        return usage("a command is needed".to_owned());
-    }
-    Ok(Some((command, config, json)))
-}
-
 fn run() -> Result<(), Failure> {
     let listeners = notify::passed_listeners();
     confine::settle(listeners).map_err(|e| Failure(BAD_CONFIG, e.to_string()))?;
-    let Some((command, path, json)) = arguments()? else {
-        return Ok(());
-    };
-    let config = Arc::new(config::load(&path).map_err(|e| Failure(BAD_CONFIG, e))?);
-    match command.as_str() {
-        "provision" => provision(&config),
-        "serve" => serve(config, listeners),
-        "status" => status(&config, json),
-        "check" => check(&config),
-        _ => teardown(&config),
+    // What is no text is understood by nobody further down.
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
+    let mut words: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+    let mut path = DEFAULT_CONFIG;
+    if let Some(at) = words.iter().position(|w| *w == "--config") {
+        path = words.get(at + 1).copied().unwrap_or_default();
+        words.drain(at..words.len().min(at + 2));
     }
+    if !path.starts_with('/') {
+        let why = "--config needs the absolute path of a file";
+        return Err(Failure(BAD_USAGE, format!("{why}, not '{path}'")));
+    }
+    let load = || config::load(path.as_ref()).map_err(|e| Failure(BAD_CONFIG, e));
+    let config = || load().map(Arc::new);
+    match words[..] {
+        ["--help" | "-h", ..] | [.., "--help" | "-h"] => print!("{USAGE}"),
+        ["--version" | "-V", ..] => println!("rvpn-privhelper {}", env!("CARGO_PKG_VERSION")),
+        ["provision"] => provision(&config()?)?,
+        ["serve"] => serve(config()?, listeners)?,
+        ["status"] => status(&config()?, false)?,
+        ["status", "--json"] => status(&config()?, true)?,
+        ["check"] => check(&config()?)?,
+        ["teardown"] => teardown(&config()?)?,
+        [] => return Err(Failure(BAD_USAGE, "a command is needed".to_owned())),
+        _ => {
+            let why = format!("'{}' is not understood", words.join(" "));
+            return Err(Failure(BAD_USAGE, why));
+        }
+    }
+    Ok(())
 }
 
 /// Makes a directory none but we and our group look into; false when it is there already.

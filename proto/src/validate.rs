@@ -38,9 +38,8 @@ pub enum Sources {
         /// IPv6.
         v6: Option<Ipv6Addr>,
     },
-    /// Any IPv4 address but those of groups and of nobody, as in the first
-    /// dialect, where it is replaced; see [`crate::nat::SourceNat`]. Its clients
-    /// even send from loopback addresses.
+    /// Any IPv4 address whatever, as in the first dialect, where it is replaced;
+    /// see [`crate::nat::SourceNat`]. Its clients even send from loopback addresses.
     AnyV4,
 }
 
@@ -140,8 +139,7 @@ fn addresses(parsed: &Parsed, packet: &[u8], sources: &Sources) -> Result<(), Dr
                 Sources::Own { v4: Some(own), .. } if own.octets() == source => {}
                 Sources::Own { v4: Some(_), .. } => return Err(DropReason::Spoofed),
                 Sources::Own { v4: None, .. } => return Err(DropReason::Family),
-                Sources::AnyV4 if address::is_somebody_v4(source) => {}
-                Sources::AnyV4 => return Err(DropReason::Spoofed),
+                Sources::AnyV4 => {}
             }
             if !address::is_host_v4(destination) {
                 return Err(DropReason::Destination);

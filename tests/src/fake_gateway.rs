@@ -5,10 +5,11 @@
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures_util::{SinkExt, StreamExt};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
 use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rvpn_proto::control::{Goodbye, Message as Control, SUBPROTOCOL, Stage};
@@ -58,6 +59,8 @@ fn params(name: &str) -> CertificateParams {
     CertificateParams::new(vec![name.to_owned()]).expect("a name")
 }
 
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
 /// Who vouches for certificates.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
@@ -74,6 +77,10 @@ impl Authority {
     pub fn new() -> Authority {
         let key = KeyPair::generate().expect("a key");
         let mut own = params("ca.test");
+        // No two of the same name: they would be told apart by their keys only.
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        own.distinguished_name
+            .push(DnType::CommonName, format!("authority {n}"));
         own.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let made = own.self_signed(&key).expect("a certificate");
         Authority {

@@ -57,8 +57,9 @@ impl Server {
                     return;
                 };
                 let gone = m.kind == libc::RTM_DELLINK;
-                match plan::slot_of(&l.name).filter(|&slot| pool.index(slot) == l.index) {
-                    Some(slot) if gone || !apply::is_sound(config, &l) => {
+                let ill = gone || !apply::is_sound(config, &l);
+                match plan::slot_of(&l.name) {
+                    Some(slot) if ill && pool.index(slot) == l.index => {
                         doubts.slots.insert(slot);
                     }
                     None if !config.uplink.is_empty() => doubts.uplinks = soon,
