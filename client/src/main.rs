@@ -1,1 +1,73 @@
-fn main() {}
+//! `rvpn`: the client, and the operators' tool.
+
+mod cli;
+mod doctor;
+mod echo;
+mod fail;
+mod home;
+mod http;
+mod join;
+mod link;
+mod op;
+mod ping;
+mod profile;
+mod reach;
+mod text;
+mod tls;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::fail::{Failure, Outcome};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors; wrong usage has a status of its own.
+            let _closed = error.print();
+            let wrong = error.use_stderr();
+            return ExitCode::from(u8::from(wrong));
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&Failure::internal(format!("cannot start: {error}"))),
+    };
+    if let Command::Ping(args) = cli.command {
+        return runtime.block_on(ping::run(args));
+    }
+    match runtime.block_on(run(cli.command)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => report(&failure),
+    }
+}
+
+async fn run(command: Command) -> Outcome {
+    match command {
+        Command::Join(args) => join::run(args).await,
+        Command::Token(what) => op::token::run(what).await,
+        Command::Invite(args) => op::invite::run(args).await,
+        Command::Session(what) => op::session::run(what).await,
+        Command::Usage(args) => op::session::usage(args).await,
+        Command::Up(args) => up::run(args).await,
+        Command::Down(args) => up::down(args).await,
+        Command::Status(args) => up::status(args).await,
+        Command::Doctor(args) => doctor::run(args).await,
+        Command::Carry => up::carry::run().await,
+        Command::Mend => up::mend::run().await,
+        // It has statuses of its own and was taken care of above.
+        Command::Ping(_) => Ok(()),
+    }
+}
+
+fn report(failure: &Failure) -> ExitCode {
+    eprintln!("rvpn: {failure}");
+    failure.exit()
+}

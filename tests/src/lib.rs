@@ -6,19 +6,32 @@
 //! was seen to arrive (a fence).
 
 pub mod attack;
+pub mod bulk;
 pub mod capture;
+pub mod fake_gateway;
+pub mod gateway;
 pub mod helper;
+pub mod machine;
 pub mod naive;
 pub mod ns;
+pub mod outside;
 pub mod packet;
 pub mod probe;
 pub mod raw;
 pub mod read_back;
+pub mod relay;
+pub mod rogue;
+pub mod scene;
 pub mod stage;
+pub mod sums;
+pub mod tcp_watch;
+pub mod token;
 pub mod topology;
+pub mod tunnel_client;
 
 use std::time::{Duration, Instant};
 
+pub use gateway::Gateway;
 pub use helper::{Helper, Tunnel};
 pub use ns::Ns;
 pub use topology::Lab;

@@ -174,6 +174,17 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// Starts it where this thread is.
+    pub fn start(command: &mut Command) -> Daemon {
+        let shown = format!("{command:?}");
+        let child = command
+            .process_group(0)
+            .spawn()
+            .unwrap_or_else(|e| panic!("{shown}: {e}"));
+        let watch = Watch::over(child.id());
+        Daemon { child, watch }
+    }
+
     /// `kill -9`, for a wrapper such as strace and what it runs alike.
     pub fn kill(&mut self) {
         if let Ok(None) = self.child.try_wait() {

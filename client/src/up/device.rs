@@ -1,0 +1,27 @@
+//! The tunnel's device.
+
+use std::os::fd::{IntoRawFd as _, OwnedFd};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tun_rs::DeviceBuilder;
+
+use super::fd::{finish_packets, owned};
+use crate::fail::{Outcome, While as _};
+
+/// Makes it. Its packets have virtio headers in any case; without `offload`
+/// the kernel finishes them before it hands them out.
+pub(crate) fn make(name: &str, offload: bool) -> Outcome<OwnedFd> {
+    let device = DeviceBuilder::new()
+        .name(name)
+        .offload(true)
+        .packet_information(false)
+        .enable(false)
+        .build_sync()
+        .while_doing(format_args!("make the device {name}"))?;
+    let fd = owned(device.into_raw_fd());
+    if !offload {
+        finish_packets(&fd).while_doing("prepare the device")?;
+    }
+    fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).while_doing("prepare the device")?;
+    Ok(fd)
+}

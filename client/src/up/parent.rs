@@ -1,0 +1,506 @@
+//! The half of `up` with rights.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use rtnetlink::MulticastGroup;
+use rvpn_proto::control::{Prefix, Welcome};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::control::{self, Asked, Question};
+use super::dial::dial;
+use super::half::{Half, Signals};
+use super::journal::{Journal, Lock};
+use super::mend::Mender;
+use super::net::Net;
+use super::rules::Plan;
+use super::wire::{Order, Report, Way};
+use super::{device, dns, plan};
+use crate::cli::Up;
+use crate::fail::{Failure, Outcome, While as _};
+use crate::profile::{self, Address, Profile};
+use crate::reach;
+
+/// How often the other half may die in a row.
+const RESTARTS: u32 = 3;
+/// How long it may take to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(3);
+/// Changes of the network come in swarms.
+const SETTLE: Duration = Duration::from_millis(50);
+/// What the tunnel has been told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Terms {
+    v4: Ipv4Addr,
+    v6: Option<Ipv6Addr>,
+    mtu: u32,
+    offload: bool,
+}
+
+impl Terms {
+    fn of(welcome: &Welcome) -> Terms {
+        Terms {
+            v4: welcome.v4.address,
+            v6: welcome.v6.map(|pair| pair.address),
+            mtu: welcome.mtu,
+            offload: welcome
+                .capabilities
+                .iter()
+                .any(|c| c == rvpn_proto::control::OFFLOAD),
+        }
+    }
+}
+
+struct Parent {
+    args: Up,
+    name: String,
+    profile: Profile,
+    to: Address,
+    addresses: Vec<SocketAddr>,
+    turn: usize,
+    net: Net,
+    plan: Plan,
+    local: Vec<Prefix>,
+    seen: String,
+    journal: Journal,
+    device: Option<(OwnedFd, Terms)>,
+    captured: bool,
+    half: Half,
+    restarts: u32,
+    /// For `status`.
+    state: &'static str,
+    begun: Instant,
+    connected: u64,
+    trouble: Option<String>,
+    counted: (Way, Way, Option<f64>),
+}
+
+/// What strangers said, fit for a terminal.
+fn shown(text: &str) -> String {
+    let fit = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    text.chars().take(500).map(fit).collect()
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
+}
+
+/// Why the loop ended.
+enum End {
+    Asked(Option<oneshot::Sender<Value>>),
+    Failed(Failure),
+}
+
+/// Runs until told to end.
+pub(crate) async fn run(args: Up) -> Outcome {
+    let (name, profile) = profile::choose(&args.choice)?;
+    let to = profile.address()?;
+    // Wrong files are to be known before anything is changed.
+    crate::tls::connector(&profile.trust)?;
+    profile.token()?;
+    // Nobody reads the key from a process that died, or out of this one.
+    nix::sys::prctl::set_dumpable(false).while_doing("hide this process's memory")?;
+    let lock = Lock::take().await?;
+    let mut journal = Journal {
+        interface: args.interface.clone(),
+        pid: std::process::id(),
+        blocks: args.kill_switch,
+        ..Journal::default()
+    };
+    let left = Journal::read()?;
+    let blocked = args.kill_switch && left.as_ref().is_some_and(|left| left.blocks);
+    match left {
+        Some(left) if blocked => {
+            eprintln!("taking over from a killed 'rvpn up'; what it blocked stays blocked");
+            journal.take_over(left).await?;
+        }
+        Some(left) => {
+            eprintln!("putting back what a killed 'rvpn up' had left");
+            left.undo().await?;
+        }
+        None => {}
+    }
+    let addresses = match (reach::resolve(&to).await, journal.gateway.take()) {
+        (Ok(found), _) => found,
+        // What is blocked may be the way to the resolver.
+        (Err(_), Some((known, addresses))) if known == to.to_string() => addresses,
+        (Err(failure), _) => return Err(failure),
+    };
+    journal.gateway = Some((to.to_string(), addresses.clone()));
+    let net = Net::open().while_doing("talk to the kernel")?;
+    if net.index(&args.interface).await.is_ok() {
+        return Err(Failure::usage(format!(
+            "an interface {} exists already: choose another name with --interface",
+            args.interface
+        )));
+    }
+    let local = net.local(&args.interface).await?;
+    let plan = plan::plan(&args, &local)?;
+    let seen = net.snapshot(&args.interface).await?;
+    journal.write()?;
+    let questions = control::listen()?;
+    let mender = match args.kill_switch {
+        // What is blocked stays blocked, that is what it is for.
+        true => None,
+        false => Some(Mender::start()?),
+    };
+    let half = Half::start()?;
+    let blocks = args.kill_switch;
+    let mut parent = Parent {
+        args,
+        name,
+        profile,
+        to,
+        addresses,
+        turn: 0,
+        net,
+        plan,
+        local,
+        seen,
+        journal,
+        device: None,
+        captured: false,
+        half,
+        restarts: 0,
+        state: "connecting",
+        begun: Instant::now(),
+        connected: 0,
+        trouble: None,
+        counted: (Way::default(), Way::default(), None),
+    };
+    let end = match parent.live(questions).await {
+        Ok(end) => end,
+        Err(failure) => End::Failed(failure),
+    };
+    // A failure must not open what was protected until now.
+    let stays = blocks && matches!(end, End::Failed(_)) && (blocked || parent.connected > 0);
+    let undone = parent.end(stays).await;
+    if stays {
+        eprintln!(
+            "what the kill switch blocks stays blocked: 'sudo rvpn up' takes over, \
+             'sudo rvpn down --repair' opens it"
+        );
+    }
+    if let Some(mender) = mender {
+        mender.dismiss();
+    }
+    control::close();
+    drop(lock);
+    match end {
+        End::Asked(answer) => {
+            if let Some(answer) = answer {
+                let said = match &undone {
+                    Ok(()) => json!({"state": "down"}),
+                    Err(failure) => json!({"failed": failure.to_string()}),
+                };
+                let _gone = answer.send(said);
+                // The answer is written by another task.
+                sleep(Duration::from_millis(20)).await;
+            }
+            undone
+        }
+        End::Failed(failure) => undone.and(Err(failure)),
+    }
+}
+
+impl Parent {
+    async fn live(&mut self, mut questions: mpsc::Receiver<Asked>) -> Outcome<End> {
+        if self.args.kill_switch && !self.args.split {
+            self.capture().await?;
+        }
+        self.begin().await?;
+        let mut events = self.events()?;
+        let mut signals = Signals::new()?;
+        loop {
+            tokio::select! {
+                report = self.half.wire.receive::<Report>() => {
+                    let report = report.while_doing("hear the other half")?;
+                    match report {
+                        Some((report, _)) => self.heard(report).await?,
+                        None => self.again().await?,
+                    }
+                }
+                asked = questions.recv() => match asked {
+                    Some((Question::Status, answer)) => {
+                        let _gone = answer.send(self.status());
+                    }
+                    Some((Question::Down, answer)) => return Ok(End::Asked(Some(answer))),
+                    None => return Err(Failure::internal("nobody can reach this process any more")),
+                },
+                () = signals.any() => return Ok(End::Asked(None)),
+                Some(()) = events.recv() => self.look().await?,
+            }
+        }
+    }
+
+    async fn begin(&mut self) -> Outcome {
+        let order = Order::Begin {
+            address: self.profile.address.clone(),
+            trust: self.profile.trust.clone(),
+            instance: self.profile.instance.clone(),
+            offload: !self.args.no_offload,
+            mtu: self.args.mtu,
+            welcomed: self.connected > 0,
+        };
+        self.tell(&order, None).await
+    }
+
+    async fn tell(&self, order: &Order, fd: Option<&OwnedFd>) -> Outcome {
+        let fd = fd.map(|fd| fd.as_raw_fd());
+        match self.half.wire.send(order, fd).await {
+            // It has just ended, which is heard next.
+            Err(error) if is_gone(&error) => Ok(()),
+            done => done.while_doing("tell the other half"),
+        }
+    }
+
+    async fn heard(&mut self, report: Report) -> Outcome {
+        match report {
+            Report::Dial => self.dial().await,
+            Report::Welcomed { welcome } => self.welcomed(&welcome).await,
+            Report::Lost { why, retry_ms } => {
+                let why = shown(&why);
+                self.turn += 1;
+                let first = self.state != "reconnecting" || self.trouble.as_ref() != Some(&why);
+                if first {
+                    eprintln!("{why}; trying again in {:.1} s", retry_ms as f64 / 1000.0);
+                }
+                if self.state == "connected" {
+                    self.state = "reconnecting";
+                }
+                self.trouble = Some(why);
+                Ok(())
+            }
+            Report::Failed { why, grounds } => Err(Failure::new(grounds.into(), shown(&why))),
+            Report::Counted {
+                outbound,
+                inbound,
+                rtt_ms,
+            } => {
+                self.counted = (outbound, inbound, rtt_ms);
+                self.restarts = 0;
+                Ok(())
+            }
+            Report::Left => Ok(()),
+        }
+    }
+
+    /// The other half died. It held nothing that cannot be had again.
+    async fn again(&mut self) -> Outcome {
+        let status = self.half.finish()?;
+        self.restarts += 1;
+        if self.restarts > RESTARTS {
+            return Err(Failure::internal(format!(
+                "the half that talks to the gateway keeps ending: {status}"
+            )));
+        }
+        eprintln!("the half that talks to the gateway ended ({status}): starting it again");
+        self.half = Half::start()?;
+        self.state = "reconnecting";
+        self.begin().await
+    }
+
+    async fn dial(&mut self) -> Outcome {
+        let token = match self.profile.token() {
+            Ok(token) => token,
+            Err(failure) => {
+                let why = failure.to_string();
+                return self
+                    .tell(&Order::NotDialled { why, last: true }, None)
+                    .await;
+            }
+        };
+        let address = self.addresses[self.turn % self.addresses.len()];
+        match dial(address) {
+            Ok(fd) => self.tell(&Order::Dialled { token }, Some(&fd)).await,
+            Err(error) => {
+                let why = format!("cannot connect to {address}: {}", error.desc());
+                self.tell(&Order::NotDialled { why, last: false }, None)
+                    .await
+            }
+        }
+    }
+
+    async fn welcomed(&mut self, welcome: &Welcome) -> Outcome {
+        let judged = plan::judge(&self.args, &mut self.plan, welcome, &self.local);
+        if let Err(failure) = judged {
+            let why = failure.to_string();
+            self.tell(&Order::Refuse { why }, None).await?;
+            return Err(failure);
+        }
+        let terms = Terms::of(welcome);
+        if self
+            .device
+            .as_ref()
+            .is_none_or(|(_, before)| *before != terms)
+        {
+            self.build(terms, welcome).await?;
+        }
+        let order = match self.half.has_device {
+            true => Order::Resume,
+            false => Order::Device,
+        };
+        let device = self.device.as_ref().map(|(fd, _)| fd);
+        self.tell(&order, device.filter(|_| !self.half.has_device))
+            .await?;
+        self.half.has_device = true;
+        self.state = "connected";
+        self.trouble = None;
+        self.connected += 1;
+        self.say(welcome);
+        self.refresh().await;
+        Ok(())
+    }
+
+    fn say(&self, welcome: &Welcome) {
+        let v6 = welcome
+            .v6
+            .map(|p| format!(" {}", p.address))
+            .unwrap_or_default();
+        let what = match (&self.plan.only, welcome.resumed) {
+            _ if self.connected > 1 && welcome.resumed => "connected again, on the same lease",
+            _ if self.connected > 1 => "connected again, on a new lease",
+            (None, _) => "connected; everything goes through the tunnel",
+            (Some(_), _) => "connected; the named routes go through the tunnel",
+        };
+        println!(
+            "{what}: {}{v6} on {} by {}",
+            welcome.v4.address, self.plan.interface, self.to
+        );
+    }
+
+    /// A device for these terms, with everything that leads to it.
+    async fn build(&mut self, terms: Terms, welcome: &Welcome) -> Outcome {
+        if self.device.take().is_some() {
+            self.net.remove(&self.plan.interface).await?;
+            self.half.has_device = false;
+        }
+        let fd = device::make(&self.plan.interface, terms.offload)?;
+        self.net
+            .attach(&self.plan, terms.mtu, terms.v4, terms.v6)
+            .await?;
+        self.device = Some((fd, terms));
+        self.capture().await?;
+        let resolvers = plan::resolvers(&self.args, welcome);
+        dns::point(&mut self.journal, &resolvers)
+    }
+
+    async fn capture(&mut self) -> Outcome {
+        self.loosen().await?;
+        if !self.captured {
+            self.captured = true;
+            self.net.capture(&self.plan).await?;
+        }
+        Ok(())
+    }
+
+    async fn loosen(&mut self) -> Outcome {
+        for (path, value) in self.net.checks(&self.plan).await? {
+            self.journal.set(path, value)?;
+        }
+        Ok(())
+    }
+
+    /// The gateway's addresses may change while we are connected.
+    async fn refresh(&mut self) {
+        if let Ok(Ok(found)) = timeout(Duration::from_secs(5), reach::resolve(&self.to)).await {
+            self.addresses = found;
+            self.turn = 0;
+        }
+    }
+
+    /// Tells of changes to the network that are not ours.
+    fn events(&self) -> Outcome<mpsc::Receiver<()>> {
+        let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+        ];
+        let opened = rtnetlink::new_multicast_connection(&groups);
+        let (connection, _, mut messages) = opened.while_doing("watch the network")?;
+        tokio::spawn(connection);
+        let (tell, events) = mpsc::channel(1);
+        tokio::spawn(async move {
+            while messages.next().await.is_some() {
+                sleep(SETTLE).await;
+                while let Ok(Some(_)) = timeout(Duration::ZERO, messages.next()).await {}
+                // One that waits already is enough.
+                let _full = tell.try_send(());
+            }
+        });
+        Ok(events)
+    }
+
+    async fn look(&mut self) -> Outcome {
+        let seen = self.net.snapshot(&self.plan.interface).await?;
+        if seen == self.seen {
+            return Ok(());
+        }
+        self.seen = seen;
+        self.local = self.net.local(&self.plan.interface).await?;
+        if self.captured {
+            self.loosen().await?;
+        }
+        self.tell(&Order::Changed, None).await
+    }
+
+    fn status(&self) -> Value {
+        let (outbound, inbound, rtt) = &self.counted;
+        let terms = self.device.as_ref().map(|(_, terms)| terms);
+        json!({
+            "state": self.state,
+            "name": self.name,
+            "gateway": self.to.to_string(),
+            "interface": self.plan.interface,
+            "v4": terms.map(|t| t.v4),
+            "v6": terms.and_then(|t| t.v6),
+            "mtu": terms.map(|t| t.mtu),
+            "offload": terms.map(|t| t.offload),
+            "full": self.plan.only.is_none(),
+            "kill-switch": self.plan.kill_switch,
+            "seconds": self.begun.elapsed().as_secs(),
+            "reconnects": self.connected.saturating_sub(1),
+            "trouble": self.trouble,
+            "outbound": outbound,
+            "inbound": inbound,
+            "rtt-ms": rtt,
+            "pid": std::process::id(),
+        })
+    }
+
+    /// Says goodbye and puts everything back, or leaves it blocked.
+    async fn end(mut self, stays: bool) -> Outcome {
+        let leave = async {
+            self.tell(&Order::Stop, None).await?;
+            while let Some((report, _)) = self
+                .half
+                .wire
+                .receive::<Report>()
+                .await
+                .while_doing("hear the other half")?
+            {
+                if matches!(report, Report::Left | Report::Failed { .. }) {
+                    break;
+                }
+            }
+            Outcome::Ok(())
+        };
+        // Whether it was polite or not, it goes.
+        let _polite = timeout(GOODBYE, leave).await;
+        let _status = self.half.finish();
+        drop(self.device);
+        match stays {
+            true => Ok(()),
+            false => self.journal.undo().await,
+        }
+    }
+}

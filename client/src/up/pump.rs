@@ -1,0 +1,490 @@
+//! Between the device and the connection: the half that has no rights.
+//!
+//! One loop owns both, as at the gateway: each turn takes what has arrived,
+//! drains the device whether or not the socket takes data, and sends as long
+//! as it does. What waits, waits in the queue, where it can still be dropped.
+
+use std::fs::File;
+use std::future::poll_fn;
+use std::io::{self, IoSlice, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{Sink, Stream};
+use rvpn_proto::control::{Goodbye, Message as Control, Stage, Welcome, patience};
+use rvpn_proto::gso::{VIRTIO_LEN, VirtioHeader, rebuild, size, trim};
+use rvpn_proto::packet::{Parsed, Side, parse};
+use rvpn_proto::queue::{Meta, Queue, Settings};
+use rvpn_proto::record::{HEADER_LEN, MESSAGE_LIMIT, Offload, Reader, header};
+use rvpn_proto::validate::{Limits, inbound};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+use super::fd::watch;
+use super::wire::Way;
+use crate::link::Socket;
+
+const MAX_READ: usize = VIRTIO_LEN + 65_535;
+/// Work of one turn in one direction.
+const TURN_BYTES: usize = 512 * 1024;
+const TURN_PACKETS: usize = 256;
+/// What is given to the socket at once.
+const FLUSH_BYTES: usize = 64 * 1024;
+/// No header of a packet that passes is longer.
+const HEAD: usize = 128;
+/// How long a connection has to answer after the network has changed.
+const PROBE: Duration = Duration::from_millis(800);
+
+/// Why the carrying ended.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// The connection is gone.
+    Lost(String),
+    /// The gateway said so.
+    SentAway(Option<Goodbye>, Option<CloseFrame>),
+    /// The device is gone.
+    Device(io::Error),
+}
+
+/// The device, as the other half passed it.
+pub(crate) struct Device {
+    fd: AsyncFd<File>,
+}
+
+impl Device {
+    /// Takes the descriptor.
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Device> {
+        let interest = Interest::READABLE | Interest::ERROR;
+        Ok(Device {
+            fd: watch(fd, interest)?,
+        })
+    }
+
+    fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = std::task::ready!(self.fd.poll_read_ready(cx))?;
+            match guard.try_io(|fd| fd.get_ref().read(buffer)) {
+                Ok(result) => return Poll::Ready(result),
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+/// What lives longer than a connection.
+pub(crate) struct Carrier {
+    device: Device,
+    queue: Queue,
+    begun: Instant,
+    read: Box<[u8]>,
+    message: BytesMut,
+    /// What was carried so far.
+    pub(crate) outbound: Way,
+    /// And the other way.
+    pub(crate) inbound: Way,
+    /// Round trip of the last ping.
+    pub(crate) rtt: Option<Duration>,
+}
+
+impl Carrier {
+    /// For a device.
+    pub(crate) fn new(device: Device, key: [u64; 2]) -> Carrier {
+        Carrier {
+            device,
+            queue: Queue::new(Settings::default(), key),
+            begun: Instant::now(),
+            read: vec![0; MAX_READ].into(),
+            message: BytesMut::new(),
+            outbound: Way::default(),
+            inbound: Way::default(),
+            rtt: None,
+        }
+    }
+
+    fn micros(&self, now: Instant) -> u64 {
+        let passed = now.saturating_duration_since(self.begun).as_micros();
+        u64::try_from(passed).unwrap_or(u64::MAX)
+    }
+}
+
+/// One connection's part.
+pub(crate) struct Session<'a> {
+    pub(crate) socket: &'a mut Socket<TcpStream>,
+    /// The newest ticket.
+    pub(crate) ticket: &'a mut Option<String>,
+    v4: Ipv4Addr,
+    v6: Option<Ipv6Addr>,
+    limits: Limits,
+    offload: bool,
+    keepalive: Duration,
+    heard: Instant,
+    pinged: Instant,
+    /// A ping that was not answered yet.
+    waiting: Option<Instant>,
+    /// By when something must be heard.
+    probe: Option<Instant>,
+    flushing: bool,
+    timer: Pin<Box<Sleep>>,
+    said: Option<Goodbye>,
+}
+
+impl<'a> Session<'a> {
+    /// After a welcome.
+    pub(crate) fn new(
+        socket: &'a mut Socket<TcpStream>,
+        ticket: &'a mut Option<String>,
+        welcome: &Welcome,
+    ) -> Session<'a> {
+        let now = Instant::now();
+        let offload = welcome
+            .capabilities
+            .iter()
+            .any(|c| c == rvpn_proto::control::OFFLOAD);
+        *ticket = welcome.ticket.as_ref().map(|t| t.ticket.clone());
+        Session {
+            socket,
+            ticket,
+            v4: welcome.v4.address,
+            v6: welcome.v6.map(|pair| pair.address),
+            limits: Limits {
+                mtu: u16::try_from(welcome.mtu).unwrap_or(u16::MAX),
+                offload,
+                verify: false,
+            },
+            offload,
+            keepalive: Duration::from_secs(welcome.keepalive_s.into()),
+            heard: now,
+            pinged: now,
+            waiting: None,
+            probe: None,
+            flushing: false,
+            timer: Box::pin(sleep_until(now)),
+            said: None,
+        }
+    }
+
+    /// The network changed: asks whether the gateway is still there.
+    pub(crate) fn probe(&mut self) {
+        self.probe.get_or_insert(Instant::now() + PROBE);
+        self.ping();
+    }
+
+    fn ping(&mut self) {
+        let now = Instant::now();
+        self.pinged = now;
+        self.waiting.get_or_insert(now);
+        if Pin::new(&mut *self.socket)
+            .start_send(Message::Ping(Bytes::new()))
+            .is_ok()
+        {
+            self.flushing = true;
+        }
+        self.timer.as_mut().reset(now);
+    }
+
+    /// Carries packets until the connection ends.
+    pub(crate) async fn run(&mut self, carrier: &mut Carrier) -> End {
+        poll_fn(|cx| match self.turn(cx, carrier) {
+            Ok(()) => Poll::Pending,
+            Err(end) => Poll::Ready(end),
+        })
+        .await
+    }
+
+    fn turn(&mut self, cx: &mut Context<'_>, carrier: &mut Carrier) -> Result<(), End> {
+        let now = Instant::now();
+        let mut more = self.receive(cx, carrier, now)?;
+        more |= self.drain(cx, carrier, now)?;
+        more |= self.send(cx, carrier, now)?;
+        if more {
+            cx.waker().wake_by_ref();
+        }
+        self.watch(cx, now)
+    }
+
+    /// Gateway to device.
+    fn receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        carrier: &mut Carrier,
+        now: Instant,
+    ) -> Result<bool, End> {
+        let mut bytes = 0;
+        while bytes < TURN_BYTES {
+            let Poll::Ready(next) = Pin::new(&mut *self.socket).poll_next(cx) else {
+                return Ok(false);
+            };
+            self.heard = now;
+            self.probe = None;
+            match next {
+                Some(Ok(Message::Binary(data))) => {
+                    bytes += data.len();
+                    self.accept(&data, carrier)?;
+                }
+                Some(Ok(Message::Text(text))) => match Control::parse(&text, Stage::Session) {
+                    Ok(Control::Ticket(ticket)) => *self.ticket = Some(ticket.ticket),
+                    Ok(Control::Goodbye(goodbye)) => self.said = Some(goodbye),
+                    // What we do not know is of no use to us.
+                    _ => {}
+                },
+                Some(Ok(Message::Pong(_))) => {
+                    carrier.rtt = self.waiting.take().map(|at| at.elapsed()).or(carrier.rtt);
+                }
+                // Its answer waits in the socket.
+                Some(Ok(Message::Ping(_))) => self.flushing = true,
+                Some(Ok(Message::Close(frame))) => {
+                    return Err(End::SentAway(self.said.take(), frame));
+                }
+                Some(Ok(Message::Frame(_))) => {}
+                Some(Err(Error::ConnectionClosed)) | None if self.said.is_some() => {
+                    return Err(End::SentAway(self.said.take(), None));
+                }
+                Some(Err(error)) => return Err(End::Lost(error.to_string())),
+                None => return Err(End::Lost("the connection closed".to_owned())),
+            }
+        }
+        Ok(true)
+    }
+
+    fn accept(&mut self, data: &Bytes, carrier: &mut Carrier) -> Result<(), End> {
+        for record in Reader::new(data) {
+            let Ok(record) = record else {
+                return Err(End::Lost("the gateway sent a malformed record".to_owned()));
+            };
+            let (packet, offload) = (record.packet, record.offload);
+            if (offload != Offload::NONE && !self.offload)
+                || !self.write(packet, offload, carrier)?
+            {
+                carrier.inbound.dropped += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// A hostile gateway may send anything. Only what is a packet to the
+    /// tunnel's own address gets into the device (CLI-09).
+    fn write(&self, packet: &[u8], offload: Offload, carrier: &mut Carrier) -> Result<bool, End> {
+        let Ok(parsed) = inbound(packet, offload, &self.limits) else {
+            return Ok(false);
+        };
+        let packet = &packet[..parsed.len()];
+        if !self.is_mine(&parsed, packet, Side::Destination)
+            || self.is_mine(&parsed, packet, Side::Source)
+            || is_next_door(&parsed, packet)
+        {
+            return Ok(false);
+        }
+        let mut head = [0; HEAD];
+        let split = packet.len().min(HEAD);
+        if parsed.header_len() > split {
+            return Ok(false);
+        }
+        head[..split].copy_from_slice(&packet[..split]);
+        let Ok(virtio) = rebuild(&mut head[..split], &parsed, offload) else {
+            return Ok(false);
+        };
+        let virtio = virtio.to_bytes();
+        let parts = [
+            IoSlice::new(&virtio),
+            IoSlice::new(&head[..split]),
+            IoSlice::new(&packet[split..]),
+        ];
+        match carrier.device.fd.get_ref().write_vectored(&parts) {
+            Ok(_) => {
+                let (packets, bytes) = size(&parsed, offload);
+                carrier.inbound.packets += packets;
+                carrier.inbound.payload += bytes;
+                Ok(true)
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => Err(End::Device(error)),
+            // This packet only: the device is down, or the kernel short of memory.
+            Err(_) => Ok(false),
+        }
+    }
+
+    fn is_mine(&self, parsed: &Parsed, packet: &[u8], side: Side) -> bool {
+        match parsed.address(packet, side) {
+            Some(IpAddr::V4(v4)) => v4 == self.v4,
+            Some(IpAddr::V6(v6)) => Some(v6) == self.v6,
+            None => false,
+        }
+    }
+
+    /// Device to queue.
+    fn drain(
+        &mut self,
+        cx: &mut Context<'_>,
+        carrier: &mut Carrier,
+        now: Instant,
+    ) -> Result<bool, End> {
+        let mut bytes = 0;
+        for _ in 0..TURN_PACKETS {
+            let n = match carrier.device.poll_read(cx, &mut carrier.read) {
+                Poll::Pending => return Ok(false),
+                Poll::Ready(Err(error)) => return Err(End::Device(error)),
+                Poll::Ready(Ok(n)) => n,
+            };
+            self.take(n, carrier, now);
+            bytes += n;
+            if bytes >= TURN_BYTES {
+                break;
+            }
+        }
+        Ok(true)
+    }
+
+    fn take(&mut self, n: usize, carrier: &mut Carrier, now: Instant) {
+        let micros = carrier.micros(now);
+        let read = &carrier.read[..n];
+        let judged = VirtioHeader::read(read).and_then(|virtio| {
+            let packet = &read[VIRTIO_LEN..];
+            let offload = virtio.offload();
+            let parsed = inbound(packet, offload, &self.limits).ok()?;
+            let mine = self.is_mine(&parsed, packet, Side::Source);
+            // What the kernel says of its own accord (multicast, discovery) stays here.
+            (mine && virtio.describes(&parsed)).then_some((parsed, offload))
+        });
+        let Some((parsed, offload)) = judged else {
+            carrier.outbound.dropped += 1;
+            return;
+        };
+        let meta = Meta {
+            offload,
+            header_len: u16::try_from(parsed.header_len()).unwrap_or(0),
+        };
+        carrier
+            .queue
+            .push(&read[VIRTIO_LEN..VIRTIO_LEN + parsed.len()], meta, micros);
+    }
+
+    /// Queue to gateway, one flush at a time.
+    fn send(
+        &mut self,
+        cx: &mut Context<'_>,
+        carrier: &mut Carrier,
+        now: Instant,
+    ) -> Result<bool, End> {
+        let lost = |e: Error| End::Lost(e.to_string());
+        for _ in 0..8 {
+            if self.flushing {
+                if Pin::new(&mut *self.socket)
+                    .poll_flush(cx)
+                    .map_err(lost)?
+                    .is_pending()
+                {
+                    return Ok(false);
+                }
+                self.flushing = false;
+            }
+            let mut fed = 0;
+            while fed < FLUSH_BYTES && self.build(carrier, now) {
+                fed += carrier.message.len();
+                let message = carrier.message.split().freeze();
+                let sent = Message::Binary(message.clone());
+                Pin::new(&mut *self.socket).start_send(sent).map_err(lost)?;
+                // The socket has copied it, so the buffer is ours again.
+                carrier.message = message.try_into_mut().unwrap_or_default();
+                self.flushing = true;
+            }
+            if !self.flushing {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Makes the next message of what waits.
+    fn build(&mut self, carrier: &mut Carrier, now: Instant) -> bool {
+        let micros = carrier.micros(now);
+        let buffer = &mut carrier.message;
+        let mut used = 0;
+        while let Some(next) = carrier.queue.next(micros) {
+            let body = used + HEADER_LEN;
+            if used > 0 && body + next.remaining() > MESSAGE_LIMIT {
+                break;
+            }
+            if buffer.len() < body + next.len {
+                buffer.resize(body + next.len, 0);
+            }
+            let Some(next) = carrier.queue.take(&mut buffer[body..]) else {
+                break;
+            };
+            let packet = &mut buffer[body..body + next.len];
+            let Some((length, offload)) = cut(packet, next.meta, next.cut) else {
+                carrier.outbound.dropped += 1;
+                continue;
+            };
+            let Ok(head) = header(length, offload) else {
+                carrier.outbound.dropped += 1;
+                continue;
+            };
+            if let Ok(parsed) = parse(&buffer[body..body + length]) {
+                let (packets, bytes) = size(&parsed, offload);
+                carrier.outbound.packets += packets;
+                carrier.outbound.payload += bytes;
+            }
+            buffer[used..body].copy_from_slice(&head);
+            used = body + length;
+        }
+        if used == 0 {
+            return false;
+        }
+        buffer.truncate(used);
+        true
+    }
+
+    /// The clock: keepalive, silence, the answer after a change.
+    fn watch(&mut self, cx: &mut Context<'_>, now: Instant) -> Result<(), End> {
+        let silence = patience(self.keepalive);
+        while self.timer.as_mut().poll(cx).is_ready() {
+            if now >= self.heard + silence {
+                return Err(End::Lost(format!(
+                    "nothing heard for {} s",
+                    silence.as_secs()
+                )));
+            }
+            if self.probe.is_some_and(|by| now >= by) {
+                return Err(End::Lost("no answer after the network changed".to_owned()));
+            }
+            if now >= self.pinged + self.keepalive {
+                self.ping();
+                cx.waker().wake_by_ref();
+            }
+            let mut next = (self.pinged + self.keepalive).min(self.heard + silence);
+            if let Some(by) = self.probe {
+                next = next.min(by);
+            }
+            self.timer
+                .as_mut()
+                .reset(next.max(now + Duration::from_millis(1)));
+        }
+        Ok(())
+    }
+}
+
+/// From an address that says "on your own wire", as those do who advertise routes.
+fn is_next_door(parsed: &Parsed, packet: &[u8]) -> bool {
+    match parsed.address(packet, Side::Source) {
+        Some(IpAddr::V4(v4)) => v4.is_link_local(),
+        Some(IpAddr::V6(v6)) => v6.is_unicast_link_local(),
+        None => true,
+    }
+}
+
+/// Cuts the segments off that waited too long. Its length and what is left to do.
+fn cut(packet: &mut [u8], meta: Meta, segments: u16) -> Option<(usize, Offload)> {
+    if segments == 0 {
+        return Some((packet.len(), meta.offload));
+    }
+    let parsed = parse(packet).ok()?;
+    let (left, offload) = trim(packet, &parsed, meta.offload, segments).ok()?;
+    Some((left.len(), offload))
+}
