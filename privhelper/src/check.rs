@@ -40,7 +40,7 @@ pub(crate) fn host(k: &mut Kernel) -> io::Result<Vec<(Weight, String)>> {
     let foreign = foreign.iter().map(|n| apply::foreign(n).to_string());
     judge(foreign.collect(), "interface names free or ours");
 
-    let (low, high) = (c.nat_low, c.nat_high);
+    let (low, high) = c.nat;
     let clash = |with: String, what| {
         format!("nat-range = {low}-{high} {with}: a client could catch {what}; move one of them")
     };
@@ -89,7 +89,7 @@ pub(crate) fn host(k: &mut Kernel) -> io::Result<Vec<(Weight, String)>> {
 /// What all clients together can take, against what there is.
 fn bound_together(c: &Config) -> io::Result<(Weight, String)> {
     let cap = c.classes.iter().map(|k| k.flow_cap).max().unwrap_or(0);
-    let (clients, ports) = (c.max_slots, u32::from(c.nat_high - c.nat_low) + 1);
+    let (clients, ports) = (c.max_slots, u32::from(c.nat.1 - c.nat.0) + 1);
     let all = u64::from(clients) * u64::from(cap);
     let tracked = host::conntrack_max()?.unwrap_or(u64::MAX);
     let there = format!("{ports} ports to each destination, {tracked} flows tracked");

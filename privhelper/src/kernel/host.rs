@@ -40,16 +40,12 @@ pub(crate) fn bound_ports() -> io::Result<Vec<(&'static str, u16)>> {
     for table in ["tcp", "tcp6", "udp", "udp6"] {
         let text = sysctl::if_there(fs::read_to_string(format!("/proc/self/net/{table}")))?;
         for line in text.unwrap_or_default().lines().skip(1) {
-            let [_, local, remote, state, ..] = line.split_whitespace().collect::<Vec<_>>()[..]
-            else {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let &[_, local, remote, state, ..] = words.as_slice() else {
                 continue;
             };
-            let tcp = table.starts_with("tcp");
-            let waits = if tcp {
-                state == TCP_LISTEN
-            } else {
-                port(remote) == Some(0)
-            };
+            let (tcp, idle) = (table.starts_with("tcp"), port(remote) == Some(0));
+            let waits = if tcp { state == TCP_LISTEN } else { idle };
             ports.extend(port(local).filter(|&p| waits && p != 0).map(|p| (table, p)));
         }
     }

@@ -158,7 +158,7 @@ fn table(c: &Config) -> String {
     let closing = format!(" {short}").repeat(8);
     let tcp = format!("{short} {short} {}{closing}", c.tcp_established);
     let udp = format!("{} {}", c.udp, c.udp_replied);
-    let ports = format!("{} {}", c.nat_low, c.nat_high);
+    let ports = format!("{} {}", c.nat.0, c.nat.1);
     let families = [("4", "2", "24"), ("6", "10", "112")];
     let families = families.map(|(v, number, len)| [v, number, len].map(str::to_owned).to_vec());
     let (mut deny, mut allow, mut classes) = (Vec::new(), Vec::new(), Vec::new());

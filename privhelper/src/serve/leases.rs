@@ -111,8 +111,8 @@ impl Server {
         let (c, config) = (self.pool.counts(), &self.config);
         Reply {
             mtu: config.mtu,
-            nat_low: config.nat_low,
-            nat_high: config.nat_high,
+            nat_low: config.nat.0,
+            nat_high: config.nat.1,
             offload: if config.offload { tun::OFFLOAD } else { 0 },
             v4: config.pool4.v4(),
             v6: config.pool6.v6(),
