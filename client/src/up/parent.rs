@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -20,7 +21,7 @@ use super::mend::Mender;
 use super::net::Net;
 use super::rules::Plan;
 use super::wire::{Order, Report, Way};
-use super::{device, dns, plan};
+use super::{already, device, dns, plan};
 use crate::cli::Up;
 use crate::fail::{Failure, Outcome, While as _};
 use crate::profile::{self, Address, Profile};
@@ -32,6 +33,12 @@ const RESTARTS: u32 = 3;
 const GOODBYE: Duration = Duration::from_secs(3);
 /// Changes of the network come in swarms.
 const SETTLE: Duration = Duration::from_millis(50);
+/// Whether programs may bind to the tunnel's address.
+const BIND: &str = "/proc/sys/net/ipv4/ip_nonlocal_bind";
+
+/// How often it is asked who else is there.
+const LOOKS: u32 = 100;
+
 /// What the tunnel has been told.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Terms {
@@ -79,6 +86,21 @@ struct Parent {
     counted: (Way, Way, Option<f64>),
 }
 
+/// The lock, or why not: somebody may have begun at the same time.
+async fn alone() -> Outcome<Lock> {
+    for _ in 0..LOOKS {
+        if let Some(lock) = Lock::take_within(Duration::from_millis(100)).await? {
+            return Ok(lock);
+        }
+        if let Some(state) = control::ask("status").await? {
+            return Err(already(&state));
+        }
+    }
+    Err(Failure::unavailable(
+        "another 'rvpn up' or 'rvpn down' is at work: see 'rvpn status', or try again",
+    ))
+}
+
 /// What strangers said, fit for a terminal.
 fn shown(text: &str) -> String {
     let fit = |c: char| if c.is_control() { '\u{fffd}' } else { c };
@@ -107,7 +129,8 @@ pub(crate) async fn run(args: Up) -> Outcome {
     profile.token()?;
     // Nobody reads the key from a process that died, or out of this one.
     nix::sys::prctl::set_dumpable(false).while_doing("hide this process's memory")?;
-    let lock = Lock::take().await?;
+    plan::check_name(&args.interface)?;
+    let lock = alone().await?;
     let mut journal = Journal {
         interface: args.interface.clone(),
         pid: std::process::id(),
@@ -142,7 +165,7 @@ pub(crate) async fn run(args: Up) -> Outcome {
         )));
     }
     let local = net.local(&args.interface).await?;
-    let plan = plan::plan(&args, &local)?;
+    let plan = plan::plan(&args, &local);
     let seen = net.snapshot(&args.interface).await?;
     journal.write()?;
     let questions = control::listen()?;
@@ -396,6 +419,9 @@ impl Parent {
         self.loosen().await?;
         if !self.captured {
             self.captured = true;
+            // Its address is in no table that this is looked up in; what is sent
+            // from others than the machine's addresses is refused all the same.
+            self.journal.set(PathBuf::from(BIND), "1")?;
             self.net.capture(&self.plan).await?;
         }
         Ok(())

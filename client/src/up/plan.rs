@@ -24,9 +24,8 @@ pub(crate) fn is_full(args: &Up) -> bool {
     !args.split && args.route.is_empty()
 }
 
-/// Before the gateway has said anything.
-pub(crate) fn plan(args: &Up, local: &[Prefix]) -> Outcome<Plan> {
-    let name = &args.interface;
+/// Whether a device may be called so.
+pub(crate) fn check_name(name: &str) -> Outcome {
     let fits = name
         .bytes()
         .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
@@ -35,17 +34,22 @@ pub(crate) fn plan(args: &Up, local: &[Prefix]) -> Outcome<Plan> {
             "'{name}' cannot name an interface: up to 15 letters, digits, '-', '_' or '.'"
         )));
     }
+    Ok(())
+}
+
+/// Before the gateway has said anything.
+pub(crate) fn plan(args: &Up, local: &[Prefix]) -> Plan {
     let mut past = args.bypass.clone();
     if args.allow_lan {
         // A network with public addresses next door is how traffic is stolen (CLI-02).
         past.extend(local.iter().copied().filter(|p| is_private(*p)));
     }
-    Ok(Plan {
+    Plan {
         only: (!is_full(args)).then(|| args.route.clone()),
         past,
         kill_switch: args.kill_switch,
-        interface: name.clone(),
-    })
+        interface: args.interface.clone(),
+    }
 }
 
 fn is_private(prefix: Prefix) -> bool {
