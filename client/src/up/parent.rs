@@ -1,7 +1,7 @@
 //! The half of `up` with rights.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,12 +16,13 @@ use tokio::time::{Instant, sleep, timeout};
 use super::control::{self, Asked, Question};
 use super::dial::dial;
 use super::half::{Half, Signals};
-use super::journal::{Journal, Lock};
+use super::journal::Journal;
 use super::mend::Mender;
 use super::net::Net;
+use super::plan::{self, Terms};
 use super::rules::Plan;
 use super::wire::{Order, Report, Way};
-use super::{already, device, dns, plan};
+use super::{device, dns};
 use crate::cli::Up;
 use crate::fail::{Failure, Outcome, While as _};
 use crate::profile::{self, Address, Profile};
@@ -31,36 +32,10 @@ use crate::reach;
 const RESTARTS: u32 = 3;
 /// How long it may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(3);
-/// Changes of the network come in swarms.
-const SETTLE: Duration = Duration::from_millis(50);
 /// Whether programs may bind to the tunnel's address.
 const BIND: &str = "/proc/sys/net/ipv4/ip_nonlocal_bind";
-
-/// How often it is asked who else is there.
-const LOOKS: u32 = 100;
-
-/// What the tunnel has been told.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Terms {
-    v4: Ipv4Addr,
-    v6: Option<Ipv6Addr>,
-    mtu: u32,
-    offload: bool,
-}
-
-impl Terms {
-    fn of(welcome: &Welcome) -> Terms {
-        Terms {
-            v4: welcome.v4.address,
-            v6: welcome.v6.map(|pair| pair.address),
-            mtu: welcome.mtu,
-            offload: welcome
-                .capabilities
-                .iter()
-                .any(|c| c == rvpn_proto::control::OFFLOAD),
-        }
-    }
-}
+/// Changes of the network come in swarms.
+const SETTLE: Duration = Duration::from_millis(50);
 
 struct Parent {
     args: Up,
@@ -84,21 +59,6 @@ struct Parent {
     connected: u64,
     trouble: Option<String>,
     counted: (Way, Way, Option<f64>),
-}
-
-/// The lock, or why not: somebody may have begun at the same time.
-async fn alone() -> Outcome<Lock> {
-    for _ in 0..LOOKS {
-        if let Some(lock) = Lock::take_within(Duration::from_millis(100)).await? {
-            return Ok(lock);
-        }
-        if let Some(state) = control::ask("status").await? {
-            return Err(already(&state));
-        }
-    }
-    Err(Failure::unavailable(
-        "another 'rvpn up' or 'rvpn down' is at work: see 'rvpn status', or try again",
-    ))
 }
 
 /// What strangers said, fit for a terminal.
@@ -130,7 +90,7 @@ pub(crate) async fn run(args: Up) -> Outcome {
     // Nobody reads the key from a process that died, or out of this one.
     nix::sys::prctl::set_dumpable(false).while_doing("hide this process's memory")?;
     plan::check_name(&args.interface)?;
-    let lock = alone().await?;
+    let lock = control::alone().await?;
     let mut journal = Journal {
         interface: args.interface.clone(),
         pid: std::process::id(),
@@ -235,12 +195,13 @@ pub(crate) async fn run(args: Up) -> Outcome {
 
 impl Parent {
     async fn live(&mut self, mut questions: mpsc::Receiver<Asked>) -> Outcome<End> {
+        // Before anything is changed that a signal would leave behind.
+        let mut signals = Signals::new()?;
+        let mut events = self.events()?;
         if self.args.kill_switch && !self.args.split {
             self.capture().await?;
         }
         self.begin().await?;
-        let mut events = self.events()?;
-        let mut signals = Signals::new()?;
         loop {
             tokio::select! {
                 report = self.half.wire.receive::<Report>() => {
