@@ -92,13 +92,16 @@ impl Talk {
         if let Ok(address) = host.parse::<IpAddr>() {
             return Ok(vec![address]);
         }
+        let wrong = || Failure::usage(format!("'{host}' is neither an address nor a host's name"));
+        let fits = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
+        if host.is_empty() || !host.bytes().all(fits) {
+            return Err(wrong());
+        }
         let question = Control::Resolve(Resolve {
             id: 1,
             name: host.to_owned(),
         });
-        let text = question.to_text(Stage::Session).map_err(|_| {
-            Failure::usage(format!("'{host}' is neither an address nor a host's name"))
-        })?;
+        let text = question.to_text(Stage::Session).map_err(|_| wrong())?;
         self.send(Message::text(text)).await?;
         let answer = async {
             loop {

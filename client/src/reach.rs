@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use tokio::net::{TcpStream, lookup_host};
+use nix::sys::socket::sockopt;
+use tokio::net::{TcpSocket, TcpStream, lookup_host};
 use tokio::time::timeout;
 
 use crate::fail::{Failure, Outcome};
 use crate::profile::Address;
+use crate::up::{self, MARK};
 
 /// How long one address has to answer.
 const ADDRESS: Duration = Duration::from_secs(5);
@@ -37,11 +39,23 @@ pub(crate) async fn resolve(to: &Address) -> Outcome<Vec<SocketAddr>> {
     }
 }
 
+/// One attempt. Past a tunnel that is up, where we have the right to pass it;
+/// otherwise the tunnel would be asked to lead to its own beginning.
+async fn attempt(address: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    // Without the right to it there is no mark, and mostly no tunnel either.
+    let _refused = nix::sys::socket::setsockopt(&socket, sockopt::Mark, &MARK);
+    socket.connect(address).await
+}
+
 /// Connects to the first address that answers.
 pub(crate) async fn connect(to: &Address) -> Outcome<TcpStream> {
     let mut why = String::new();
     for address in resolve(to).await? {
-        match timeout(ADDRESS, TcpStream::connect(address)).await {
+        match timeout(ADDRESS, attempt(address)).await {
             Ok(Ok(tcp)) => {
                 // Without it small packets would wait for each other.
                 let _late = tcp.set_nodelay(true);
@@ -51,7 +65,13 @@ pub(crate) async fn connect(to: &Address) -> Outcome<TcpStream> {
             Err(_) => why = format!("{address}: no answer in {ADDRESS:?}"),
         }
     }
+    let remedy = match up::is_up().await {
+        true => {
+            "'rvpn up' runs here and everything goes through it: use the ordinary programs, or sudo"
+        }
+        false => "is the address right, and is its port open?",
+    };
     Err(Failure::unavailable(format!(
-        "cannot connect to {to} ({why}): is the address right, and is its port open?"
+        "cannot connect to {to} ({why}): {remedy}"
     )))
 }

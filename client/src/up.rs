@@ -23,6 +23,7 @@ mod wire;
 
 pub(crate) use self::control::{down, status};
 pub(crate) use self::net::may_change;
+pub(crate) use self::rules::MARK;
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -68,6 +69,11 @@ fn already(state: &Value) -> Failure {
         "a tunnel to {} is up already: end it first with 'sudo rvpn down'",
         state["gateway"].as_str().unwrap_or("a gateway")
     ))
+}
+
+/// Whether one is up on this machine.
+pub(crate) async fn is_up() -> bool {
+    matches!(control::ask("status").await, Ok(Some(_)))
 }
 
 /// Starts the same in the background and waits until it is connected.

@@ -4,6 +4,7 @@
 //! that a slip of the pen never silently means the default.
 
 pub(crate) mod check;
+mod demo;
 mod nearest;
 mod net;
 mod raw;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rvpn_ipc::Class;
+use rvpn_proto::control::Prefix;
 use rvpn_proto::dialect::{Dialect as Variant, Padding};
 
 pub use self::net::{Names, Network, host_of};
@@ -48,6 +50,10 @@ pub struct Config {
     pub legacy: Vec<Legacy>,
     /// Paths of older clients.
     pub dialects: Vec<Arc<Dialect>>,
+    /// Whether browsers find the client page.
+    pub page: bool,
+    /// The first demonstration's endpoint; none unless asked for.
+    pub demo: Option<Demo>,
     /// Bounds.
     pub limits: Limits,
     /// About sessions.
@@ -201,6 +207,17 @@ pub struct Dialect {
     pub padding: Padding,
 }
 
+/// The first demonstration: a text to everybody who listens, every few seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demo {
+    /// Whether a token is not needed.
+    pub anonymous: bool,
+    /// The time between two texts.
+    pub every: Duration,
+    /// How many may listen at once.
+    pub clients: usize,
+}
+
 /// Bounds on what others can make us hold or do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -230,6 +247,8 @@ pub struct SessionSettings {
     pub ticket_life: Duration,
     /// Resolvers for clients.
     pub dns: Vec<IpAddr>,
+    /// Destinations that clients are told to send here.
+    pub routes: Vec<Prefix>,
     /// Data threads; 0 is one per CPU.
     pub cores: usize,
     /// Whether each is kept on a CPU.

@@ -11,14 +11,13 @@ use bytes::{Bytes, BytesMut};
 use rvpn_proto::control::close::POOL_FULL;
 use rvpn_proto::dialect::{
     Body, DecodeError, Decoded, Dialect, Entropy, Incoming, Lease, POOL_FULL_REASON, Padding,
-    SourceMap,
 };
 use rvpn_proto::record::Offload;
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::meter::{DropReason, Totals};
-use crate::pump::{Identity, Pump};
+use crate::pump::{Agreed, Identity, Pump};
 use crate::session::begin::{Greeting, Place, Protocol};
 use crate::session::drive::{Carriage, End, Patience};
 use crate::ticket::random;
@@ -70,7 +69,9 @@ impl Protocol for Older {
         });
         let client = lease.client();
         let identity = match (self.dialect.any_source(), client.v6) {
-            (true, _) => Identity::Sources(Box::new(SourceMap::new(place.reply.v4))),
+            (true, _) => Identity::AnySource {
+                base: place.reply.v4,
+            },
             (false, Some(v6)) if self.dialect.carries_v6() => Identity::Own {
                 v4: client.v4,
                 v6: Some(v6),
@@ -81,11 +82,15 @@ impl Protocol for Older {
             },
         };
         let key = [entropy.bits(), entropy.bits()];
-        let mtu = place.reply.mtu;
+        let agreed = Agreed {
+            mtu: place.reply.mtu,
+            offload: false,
+            device: place.reply.offload,
+        };
         let now = Instant::now();
         let carriage = Plainly {
             noise_at: self.padding.pause(&mut entropy).map(|p| now + p),
-            pump: Pump::new(identity, mtu, false, key),
+            pump: Pump::new(&identity, agreed, key),
             dialect: self.dialect,
             padding: self.padding,
             entropy,
@@ -126,12 +131,12 @@ impl Carriage for Plainly {
         tun: &Tun,
         totals: &mut Totals,
         scratch: &mut [u8],
-        _now: Instant,
+        now: Instant,
     ) -> Result<(), End> {
         match self.dialect.decode(Incoming::Binary(message)) {
             Ok(Decoded::Packet(packet)) => {
                 self.pump
-                    .outbound(packet, Offload::NONE, tun, totals, scratch);
+                    .outbound(packet, Offload::NONE, tun, totals, scratch, now);
             }
             Ok(Decoded::Noise) => {}
             // These clients were never told off for nonsense, and some send it.
@@ -144,6 +149,10 @@ impl Carriage for Plainly {
             ) => totals.outbound.drop(DropReason::Malformed, 1),
         }
         Ok(())
+    }
+
+    fn flush(&mut self, tun: &Tun, totals: &mut Totals, scratch: &mut [u8]) {
+        self.pump.flush(tun, totals, scratch);
     }
 
     fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant) {

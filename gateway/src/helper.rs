@@ -103,6 +103,11 @@ impl Lease {
         self.reply.flags & FLAG_RESUMED != 0
     }
 
+    /// It passes to the next connection of its client, for whom it is the one of before.
+    pub fn continued(&mut self) {
+        self.reply.flags |= FLAG_RESUMED;
+    }
+
     /// Makes dropping the lease a release: the slot is cleaned at once.
     pub fn release_on_drop(&mut self) {
         self.ending = Op::Release;

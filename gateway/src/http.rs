@@ -6,6 +6,7 @@
 
 pub mod answer;
 pub mod join;
+mod login;
 pub mod request;
 
 use std::convert::Infallible;
@@ -24,18 +25,20 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rvpn_proto::control::SUBPROTOCOL;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::debug;
 
 use self::answer::{Answer, Refusal};
+use self::login::Asked;
 use self::request::Target;
 use crate::admit::{Admission, Io, Kind, Sessions};
-use crate::auth::credential::Credential;
+use crate::auth::Gate;
 use crate::auth::live::Pass;
-use crate::auth::{Denied, Gate, Grant, Policy};
 use crate::config::Config;
+use crate::demo::{self, Audience, Guest};
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
 use crate::tls::Tls;
 
@@ -56,6 +59,8 @@ pub struct Front {
     pub tls: Arc<Tls>,
     /// Where those go who are.
     pub sessions: Arc<dyn Sessions>,
+    /// Who came for the demonstration.
+    pub audience: Audience,
     /// Strangers.
     pub pending: Arc<Pending>,
     /// Those who failed.
@@ -81,6 +86,7 @@ impl Front {
             gate,
             tls,
             sessions,
+            audience: Audience::default(),
             pending: Arc::default(),
             failures: Failures::new(),
             refusals: Refusals::new(Instant::now()),
@@ -102,11 +108,17 @@ impl Front {
     /// Lets nobody in from now on.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
+        self.audience.stop();
+    }
+
+    /// Whether nobody is let in any more.
+    pub fn stopped(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
     }
 
     /// Whether a client that comes now can be served, and if not, why.
     pub fn ready(&self) -> Result<(), String> {
-        match self.stopping.load(Ordering::Relaxed) {
+        match self.stopped() {
             true => Err("shutting down".to_owned()),
             false => self.sessions.ready(),
         }
@@ -137,8 +149,14 @@ impl Visitor {
     }
 }
 
+/// Where an upgrade leads.
+enum Way {
+    Session(Box<Admission>),
+    Demo(Guest),
+}
+
 /// What a request led to beside its answer.
-type Let = Arc<Mutex<Option<(Admission, Pass)>>>;
+type Let = Arc<Mutex<Option<(Way, Pass)>>>;
 
 /// Serves one connection until it is a session's or closed.
 pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPass) {
@@ -167,10 +185,13 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let mut io = parts.io.into_inner();
     let admitted = let_in.lock().unwrap_or_else(PoisonError::into_inner).take();
     match (served, admitted) {
-        (Ok(Ok(())), Some((admission, place))) => {
+        (Ok(Ok(())), Some((way, place))) => {
             drop(pass);
             io.hold(place);
-            front.sessions.admit(admission, io, parts.read_buf);
+            match way {
+                Way::Session(admission) => front.sessions.admit(*admission, io, parts.read_buf),
+                Way::Demo(guest) => guest.run(io, parts.read_buf).await,
+            }
         }
         (Ok(Err(error)), _) if error.is_timeout() && !parts.read_buf.is_empty() => {
             // In the middle of a request: the only case that deserves a word.
@@ -197,112 +218,64 @@ async fn respond(
     let (head, body) = request.into_parts();
     let host = request::host(&head, &config.names)?;
     request::sizes(&head)?;
-    let target = Target::of(head.uri.path(), &config.dialects);
-    match target {
+    let asked = Asked {
+        front,
+        head: &head,
+        address: visitor.address(&head.headers),
+        visitor,
+    };
+    let get = matches!(head.method, Method::GET | Method::HEAD);
+    match Target::of(head.uri.path(), &config) {
         Target::Join if head.method == Method::POST => {
             request::origin(&head.headers, &host, tls, &config)?;
-            let place = Place::of(visitor.address(&head.headers));
-            join::respond(front, &head, body, place).await
+            join::respond(front, &head, body, Place::of(asked.address)).await
         }
-        Target::Packets | Target::Dialect(_) => {
+        Target::Packets => {
             let accept = request::upgrade(&head)?;
             request::origin(&head.headers, &host, tls, &config)?;
-            let kind = match target {
-                Target::Dialect(dialect) => Kind::Dialect(dialect),
-                _ => Kind::Native,
-            };
-            if matches!(kind, Kind::Native) && !request::offers_packets(&head.headers) {
+            if !request::offers(&head.headers, SUBPROTOCOL) {
                 return Err(Refusal::new(
                     StatusCode::BAD_REQUEST,
                     "the subprotocol rvpn.packets.1 is missing",
                 ));
             }
-            let native = matches!(kind, Kind::Native);
-            let admitted = admit(front, &head, kind, visitor).await?;
-            *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(admitted);
-            Ok(answer::switching(&accept, native))
+            let led = asked.session(Kind::Native).await?;
+            *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
+            Ok(answer::switching(&accept, Some(SUBPROTOCOL)))
         }
-        Target::Page if matches!(head.method, Method::GET | Method::HEAD) => Ok(answer::page()),
-        Target::Join | Target::Page => Err(Refusal::new(
+        Target::Dialect(dialect) => {
+            let accept = request::upgrade(&head)?;
+            request::origin(&head.headers, &host, tls, &config)?;
+            let led = asked.session(Kind::Dialect(dialect)).await?;
+            *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
+            Ok(answer::switching(&accept, None))
+        }
+        Target::Demo(demo) => {
+            let accept = request::upgrade(&head)?;
+            request::origin(&head.headers, &host, tls, &config)?;
+            let led = asked.demo(&demo).await?;
+            *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
+            let offered = request::offers(&head.headers, demo::SUBPROTOCOL);
+            Ok(answer::switching(
+                &accept,
+                offered.then_some(demo::SUBPROTOCOL),
+            ))
+        }
+        Target::Check if get => {
+            request::origin(&head.headers, &host, tls, &config)?;
+            // What it would be given is given back at once.
+            asked.session(Kind::Native).await.map(drop)?;
+            Ok(answer::nothing())
+        }
+        Target::Landing if get => Ok(answer::landing()),
+        Target::Client(part) if get => Ok(answer::client(part, config.demo.as_ref())),
+        Target::Moved(to) if get => Ok(answer::moved(to)),
+        Target::Nothing => Err(Refusal::new(StatusCode::NOT_FOUND, "not found")),
+        _ => Err(Refusal::new(
             StatusCode::METHOD_NOT_ALLOWED,
             "not like this",
         )),
-        Target::Nothing => Err(Refusal::new(StatusCode::NOT_FOUND, "not found")),
     }
-}
-
-/// Judges the login of an upgrade that is otherwise in order.
-async fn admit(
-    front: &Front,
-    head: &hyper::http::request::Parts,
-    kind: Kind,
-    visitor: Visitor,
-) -> Result<(Admission, Pass), Refusal> {
-    if let Err(why) = front.ready() {
-        debug!(%why, "not ready for a client");
-        return Err(Refusal::busy(Duration::from_secs(2)));
-    }
-    let config = front.config();
-    let address = visitor.address(&head.headers);
-    let place = Place::of(address);
-    let policy = match &kind {
-        Kind::Native => Policy::Strict,
-        Kind::Dialect(dialect) => Gate::policy_of(dialect),
-    };
-    let dialect = match &kind {
-        Kind::Native => None,
-        Kind::Dialect(dialect) => Some(&**dialect),
-    };
-    let failures = config.limits.login_failures;
-    let anonymous = policy == Policy::Anonymous;
-    let now = Instant::now();
-    if !anonymous && let Some(wait) = front.failures.blocked(place, failures, now) {
-        return Err(Refusal::slow_down(wait));
-    }
-    let judged = async {
-        let credential = Credential::find(&head.headers, head.uri.query(), dialect.is_some())?;
-        let limit = config.limits.sessions_per_account;
-        front
-            .gate
-            .login(credential.as_ref(), policy, dialect, limit)
-            .await
-    };
-    let grant = match judged.await {
-        Ok(grant) => grant,
-        Err(why) => {
-            front.refusals.note(why, address, now);
-            return Err(match why {
-                Denied::TooMany => Refusal::slow_down(Duration::from_secs(1)),
-                Denied::Missing | Denied::Account => Refusal::forbidden(),
-                _ => {
-                    front.failures.note(place, failures, now);
-                    Refusal::forbidden()
-                }
-            });
-        }
-    };
-    let Grant {
-        account,
-        subject,
-        token_id,
-        expires_at,
-        class,
-        revoked,
-        pass,
-    } = grant;
-    let admission = Admission {
-        account,
-        subject,
-        token_id,
-        expires_at,
-        kind,
-        anonymous,
-        class,
-        peer: SocketAddr::new(address, visitor.peer.port()),
-        listener: visitor.listener,
-        revoked,
-    };
-    Ok((admission, pass))
 }
 
 /// A body that is there at once.

@@ -5,6 +5,7 @@ pub mod api;
 pub mod auth;
 pub mod config;
 pub mod cores;
+pub mod demo;
 pub mod dialects;
 pub mod fd;
 pub mod helper;

@@ -4,40 +4,45 @@
 //! client by, put behind a virtio header made from what was validated, and
 //! written. Inbound, it is validated too, since whatever reaches the device is
 //! a stranger's, given the client's own address and queued.
+//!
+//! A client without offload is spared the work of one packet at a time as far
+//! as it is ours: super-packets for it are cut where they lie, and what it
+//! sends in a row is joined to super-packets before it is written.
+//!
+//! What a packet must be and what is changed in it is [`rvpn_proto`]'s to say.
 
-mod rules;
+mod identity;
+mod reason;
 
 use std::io::IoSlice;
-use std::net::{Ipv4Addr, Ipv6Addr};
 
-use rvpn_proto::dialect::SourceMap;
+use rvpn_proto::gso::{Coalescer, Joins, Offer, Segments, VirtioHeader, rebuild, size, size_of};
+use rvpn_proto::nat::HEAD;
+use rvpn_proto::packet::{Parsed, parse};
 use rvpn_proto::queue::{Meta, Queue, Settings, Stats};
 use rvpn_proto::record::Offload;
+use rvpn_proto::validate::{self, FragmentBudget, Limits, Sources};
+use rvpn_proto::{gso, nat};
 use tokio::time::Instant;
 
-use self::rules::{Checked, Direction};
-use crate::meter::{DropReason, Totals};
+pub use self::identity::Identity;
+use self::identity::Translation;
+use crate::meter::{DropReason, Side, Totals};
 use crate::tun::{Refused, Tun, VIRTIO_LEN};
 
-/// Which addresses a client has.
-#[derive(Debug)]
-pub enum Identity {
-    /// Constant ones inside, the lease's outside: translated.
-    Pair {
-        /// As the client sees them.
-        inner: (Ipv4Addr, Ipv6Addr),
-        /// As the device sees them.
-        lease: (Ipv4Addr, Ipv6Addr),
-    },
-    /// The lease's own, on both sides.
-    Own {
-        /// IPv4.
-        v4: Ipv4Addr,
-        /// IPv6, if the client knows it.
-        v6: Option<Ipv6Addr>,
-    },
-    /// Whatever the client likes, translated to addresses of the lease's subnet.
-    Sources(Box<SourceMap>),
+/// Bits of `TUN_F_*`: both kinds of TCP, both kinds of UDP.
+const TUN_TCP: u16 = 0x02 | 0x04;
+const TUN_UDP: u16 = 0x20 | 0x40;
+
+/// What a client and its device were found to be capable of.
+#[derive(Clone, Copy, Debug)]
+pub struct Agreed {
+    /// The largest packet without segmentation.
+    pub mtu: u16,
+    /// Whether the client takes and gives super-packets.
+    pub offload: bool,
+    /// What the device takes, as `TUN_F_*` bits.
+    pub device: u16,
 }
 
 /// The packet that goes next to the client.
@@ -52,35 +57,48 @@ pub struct Waiting {
 /// One client's packets.
 #[derive(Debug)]
 pub struct Pump {
-    identity: Identity,
-    mtu: u16,
-    offload: bool,
+    sources: Sources,
+    translation: Translation,
+    limits: Limits,
+    /// None while no datagram of the client's is incomplete.
+    fragments: Option<Box<FragmentBudget>>,
+    /// None for clients that do it themselves.
+    coalescer: Option<Coalescer>,
     queue: Queue,
     begun: Instant,
     counted: Stats,
 }
 
 impl Pump {
-    /// With an empty queue. `offload` is whether the client takes and gives
-    /// super-packets; `key` is random, see [`Queue::new`].
-    pub fn new(identity: Identity, mtu: u16, offload: bool, key: [u64; 2]) -> Pump {
+    /// With an empty queue; `key` is random, see [`Queue::new`].
+    pub fn new(identity: &Identity, agreed: Agreed, key: [u64; 2]) -> Pump {
         let settings = Settings {
-            mtu: mtu.into(),
+            mtu: agreed.mtu.into(),
             ..Settings::default()
         };
+        let joins = Joins {
+            tcp: agreed.device & TUN_TCP == TUN_TCP,
+            udp: agreed.device & TUN_UDP == TUN_UDP,
+        };
         Pump {
-            identity,
-            mtu,
-            offload,
+            sources: identity.sources(),
+            translation: Translation::of(identity),
+            limits: Limits {
+                mtu: agreed.mtu,
+                offload: agreed.offload,
+                verify: true,
+            },
+            fragments: None,
+            coalescer: (!agreed.offload).then(|| Coalescer::new(joins)),
             queue: Queue::new(settings, key),
             begun: Instant::now(),
             counted: Stats::default(),
         }
     }
-}
 
-impl Pump {
-    /// Client to device. Whatever does not pass is counted and forgotten.
+    /// Client to device. Whatever does not pass is counted and forgotten. What
+    /// may go on with the next packet stays in `scratch`, which has room for
+    /// the longest packet, until [`Pump::flush`].
     pub fn outbound(
         &mut self,
         packet: &[u8],
@@ -88,73 +106,128 @@ impl Pump {
         tun: &Tun,
         totals: &mut Totals,
         scratch: &mut [u8],
+        now: Instant,
     ) {
-        let side = &mut totals.outbound;
-        if offload != Offload::NONE && !self.offload {
-            side.drop(DropReason::Offload, 1);
-            return;
-        }
-        let checked = match rules::check(packet, offload, self.mtu) {
-            Ok(checked) => checked,
-            Err(reason) => return side.drop(reason, 1),
+        let judged = validate::outbound(packet, offload, &self.limits, &self.sources)
+            .and_then(|parsed| self.admit(packet, parsed, now));
+        let parsed = match judged {
+            Ok(parsed) => parsed,
+            Err(reason) => return totals.outbound.drop(reason.into(), 1),
         };
-        let split = checked.len.min(rules::HEAD);
-        let head = &mut scratch[..split];
-        head.copy_from_slice(&packet[..split]);
-        if !checked.peer_is_unicast(head, Direction::Outbound) {
-            return side.drop(DropReason::Address, 1);
+        while let Some(coalescer) = &mut self.coalescer {
+            match coalescer.offer(scratch, packet, &parsed) {
+                Offer::Taken => return,
+                Offer::Flush => self.flush(tun, totals, scratch),
+                Offer::Pass => break,
+            }
         }
-        if !self.identity.send_as(&checked, head) {
-            return side.drop(DropReason::Spoofed, 1);
+        // The message is shared with the connection, so what changes is copied.
+        let mut head = [0; HEAD];
+        let (first, rest) = packet[..parsed.len()].split_at(parsed.len().min(HEAD));
+        let head = &mut head[..first.len()];
+        head.copy_from_slice(first);
+        self.write(head, rest, &parsed, offload, tun, &mut totals.outbound);
+    }
+
+    /// Writes what [`Pump::outbound`] kept. Without it, or with another
+    /// `scratch`, packets would be lost.
+    pub fn flush(&mut self, tun: &Tun, totals: &mut Totals, scratch: &mut [u8]) {
+        let kept = self.coalescer.as_mut().and_then(|c| c.flush(scratch));
+        if let Some(kept) = kept {
+            let packet = &mut scratch[..kept.parsed.len()];
+            let side = &mut totals.outbound;
+            self.write(packet, &[], &kept.parsed, kept.offload, tun, side);
         }
-        let virtio = checked.virtio();
+    }
+
+    /// Counts incomplete datagrams.
+    fn admit(
+        &mut self,
+        packet: &[u8],
+        parsed: Parsed,
+        now: Instant,
+    ) -> Result<Parsed, validate::DropReason> {
+        if !parsed.is_whole() {
+            let seconds = now.saturating_duration_since(self.begun).as_secs();
+            let fragments = self.fragments.get_or_insert_default();
+            fragments.admit(packet, &parsed, seconds)?;
+        }
+        Ok(parsed)
+    }
+
+    /// One packet to the device, in two parts, of which the first is changed.
+    fn write(
+        &mut self,
+        head: &mut [u8],
+        rest: &[u8],
+        parsed: &Parsed,
+        offload: Offload,
+        tun: &Tun,
+        side: &mut Side,
+    ) {
+        let (packets, bytes) = size(parsed, offload);
+        let ready = self
+            .translation
+            .outbound(head, parsed, nat::Sum::from(offload))
+            .and_then(|()| rebuild(head, parsed, offload));
+        let virtio = match ready {
+            Ok(header) => header.to_bytes(),
+            Err(reason) => return side.drop(reason.into(), packets),
+        };
         let parts = [
             IoSlice::new(&virtio),
             IoSlice::new(head),
-            IoSlice::new(&packet[split..checked.len]),
+            IoSlice::new(rest),
         ];
         match tun.write(&parts) {
-            Ok(()) => {
-                let (packets, bytes) = checked.size();
-                side.pass(packets, bytes);
-            }
-            Err(Refused::Packet) => side.drop(DropReason::Kernel, 1),
+            Ok(()) => side.pass(packets, bytes),
+            Err(Refused::Packet) => side.drop(DropReason::Kernel, packets),
             // Gone is reported by the device itself, with a reason for the client.
-            Err(Refused::Down | Refused::Gone) => side.drop(DropReason::Down, 1),
+            Err(Refused::Down | Refused::Gone) => side.drop(DropReason::Down, packets),
         }
     }
 
     /// Device to queue: one read of the device, with its virtio header.
     pub fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant) {
         let side = &mut totals.inbound;
-        let Some(offload) = rules::read_virtio(read) else {
+        let Some(virtio) = VirtioHeader::read(read) else {
             return side.drop(DropReason::Malformed, 1);
         };
+        let offload = virtio.offload();
         let packet = &mut read[VIRTIO_LEN..];
-        let checked = match rules::check(packet, offload, self.mtu) {
-            Ok(checked) => checked,
-            Err(reason) => return side.drop(reason, 1),
+        let parsed = match validate::inbound(packet, offload, &self.limits) {
+            Ok(parsed) if virtio.describes(&parsed) => parsed,
+            Ok(_) => return side.drop(DropReason::Offload, 1),
+            Err(reason) => return side.drop(reason.into(), 1),
         };
-        let split = checked.len.min(rules::HEAD);
-        if !self.identity.receive_as(&checked, &mut packet[..split]) {
-            return side.drop(DropReason::Chatter, 1);
+        let packet = &mut packet[..parsed.len()];
+        let head = &mut packet[..parsed.len().min(HEAD)];
+        let sum = nat::Sum::from(offload);
+        if let Err(reason) = self.translation.inbound(head, &parsed, sum) {
+            let (packets, _) = size(&parsed, offload);
+            return side.drop(reason.into(), packets);
         }
-        let now = micros(self.begun, now);
         let meta = Meta {
             offload,
-            header_len: u16::try_from(checked.header_len).unwrap_or(0),
+            header_len: u16::try_from(parsed.header_len()).unwrap_or(0),
         };
-        let queue = &mut self.queue;
-        if self.offload {
-            queue.push(&packet[..checked.len], meta, now);
-        } else {
-            let finished = Meta {
-                offload: Offload::NONE,
-                ..meta
-            };
-            checked.finish(packet, |segment| {
-                queue.push(segment, finished, now);
-            });
+        let now = micros(self.begun, now);
+        if self.limits.offload {
+            self.queue.push(packet, meta, now);
+            return;
+        }
+        let finished = Meta {
+            offload: Offload::NONE,
+            ..meta
+        };
+        match Segments::new(packet, &parsed, offload) {
+            Ok(mut segments) => {
+                while let Some(segment) = segments.cut() {
+                    self.queue.push(segment, finished, now);
+                }
+                side.drop(DropReason::Offload, segments.left() as u64);
+            }
+            Err(reason) => side.drop(reason.into(), 1),
         }
     }
 
@@ -171,37 +244,47 @@ impl Pump {
     /// and counts it. Its length, and what is left to do for it.
     pub fn take(&mut self, out: &mut [u8], totals: &mut Totals) -> Option<(usize, Offload)> {
         let next = self.queue.take(out)?;
-        let header_len = usize::from(next.meta.header_len);
+        let side = &mut totals.inbound;
         let (len, offload) = if next.cut == 0 {
             (next.len, next.meta.offload)
         } else {
             let whole = &mut out[..next.len];
-            rules::cut(whole, header_len, next.meta.offload, next.cut)
+            let trimmed = parse(whole)
+                .and_then(|parsed| gso::trim(whole, &parsed, next.meta.offload, next.cut));
+            match trimmed {
+                Ok((parsed, offload)) => (parsed.len(), offload),
+                // Nothing that was queued is refused here.
+                Err(reason) => {
+                    side.drop(reason.into(), 1);
+                    return None;
+                }
+            }
         };
-        let (packets, bytes) = rules::size(len, header_len, offload);
-        totals.inbound.pass(packets, bytes);
+        let (packets, bytes) = size_of(len, next.meta.header_len.into(), offload);
+        side.pass(packets, bytes);
         Some((len, offload))
     }
 
     /// Drops the packet that [`Pump::next_len`] told of: this client's
     /// messages cannot hold it.
     pub fn discard(&mut self, totals: &mut Totals) {
-        let mut nowhere = vec![0; rvpn_proto::record::MAX_PACKET];
-        if self.queue.take(&mut nowhere).is_some() {
-            totals.inbound.drop(DropReason::TooBig, 1);
+        if let Some(next) = self.queue.skip() {
+            let meta = next.meta;
+            let (packets, _) = size_of(next.remaining(), meta.header_len.into(), meta.offload);
+            totals.inbound.drop(DropReason::TooBig, packets);
         }
     }
 
     /// Brings what the queue has dropped into the totals.
     pub fn count_drops(&mut self, totals: &mut Totals) {
         let stats = *self.queue.stats();
-        let late = stats.late.packets + stats.trimmed.packets;
-        let before = self.counted.late.packets + self.counted.trimmed.packets;
+        let late = stats.late.segments + stats.trimmed.segments;
+        let before = self.counted.late.segments + self.counted.trimmed.segments;
         let side = &mut totals.inbound;
         side.drop(DropReason::Delay, late - before);
-        let overload = stats.overflow.packets - self.counted.overflow.packets;
+        let overload = stats.overflow.segments - self.counted.overflow.segments;
         side.drop(DropReason::Overload, overload);
-        let refused = stats.refused.packets - self.counted.refused.packets;
+        let refused = stats.refused.segments - self.counted.refused.segments;
         side.drop(DropReason::Budget, refused);
         self.counted = stats;
     }
@@ -209,6 +292,12 @@ impl Pump {
     /// Gives memory back that an idle client does not need.
     pub fn relax(&mut self) {
         self.queue.relax();
+        let seconds = self.begun.elapsed().as_secs();
+        if let Some(fragments) = &self.fragments
+            && fragments.incomplete(seconds) == 0
+        {
+            self.fragments = None;
+        }
     }
 
     /// Bytes that wait.
@@ -220,70 +309,4 @@ impl Pump {
 fn micros(begun: Instant, now: Instant) -> u64 {
     let passed = now.saturating_duration_since(begun).as_micros();
     u64::try_from(passed).unwrap_or(u64::MAX)
-}
-
-impl Identity {
-    /// Makes the source what the device knows the client by. False if the
-    /// client may not send from it.
-    fn send_as(&mut self, packet: &Checked, head: &mut [u8]) -> bool {
-        let direction = Direction::Outbound;
-        let (v4, v6) = (
-            packet.client_v4(head, direction),
-            packet.client_v6(head, direction),
-        );
-        match self {
-            Identity::Pair { inner, lease } => {
-                if v4 == Some(inner.0) {
-                    packet.translate(head, direction, &lease.0.octets());
-                } else if v6 == Some(inner.1) {
-                    packet.translate(head, direction, &lease.1.octets());
-                } else {
-                    return false;
-                }
-                true
-            }
-            Identity::Own { v4: own4, v6: own6 } => {
-                v4 == Some(*own4) || (v6.is_some() && v6 == *own6)
-            }
-            Identity::Sources(map) => {
-                let Some(outside) = v4.and_then(|source| map.outside(source)) else {
-                    return false;
-                };
-                packet.translate(head, direction, &outside.octets());
-                true
-            }
-        }
-    }
-
-    /// Makes the destination what the client knows itself by. False if the
-    /// packet is not for it.
-    fn receive_as(&mut self, packet: &Checked, head: &mut [u8]) -> bool {
-        let direction = Direction::Inbound;
-        let (v4, v6) = (
-            packet.client_v4(head, direction),
-            packet.client_v6(head, direction),
-        );
-        match self {
-            Identity::Pair { inner, lease } => {
-                if v4 == Some(lease.0) {
-                    packet.translate(head, direction, &inner.0.octets());
-                } else if v6 == Some(lease.1) {
-                    packet.translate(head, direction, &inner.1.octets());
-                } else {
-                    return false;
-                }
-                true
-            }
-            Identity::Own { v4: own4, v6: own6 } => {
-                v4 == Some(*own4) || (v6.is_some() && v6 == *own6)
-            }
-            Identity::Sources(map) => {
-                let Some(inside) = v4.and_then(|address| map.inside(address)) else {
-                    return false;
-                };
-                packet.translate(head, direction, &inside.octets());
-                true
-            }
-        }
-    }
 }

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use rvpn_ipc::Key;
+use rvpn_proto::control::Prefix;
 use tokio::runtime::Handle;
 use tracing::debug;
 
@@ -41,6 +42,8 @@ pub struct Settings {
     pub ticket_life: Duration,
     /// Resolvers that clients are told to use.
     pub dns: Vec<IpAddr>,
+    /// Destinations that clients are told to send here.
+    pub routes: Vec<Prefix>,
 }
 
 /// What all sessions work with.

@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn no_changed_or_cut_ticket_opens() {
+    fn aut_20_no_changed_or_cut_ticket_opens() {
         let text = key().seal("alice", &claims()).unwrap();
         for at in 0..text.len() {
             let mut changed = text.clone().into_bytes();

@@ -369,6 +369,10 @@ async fn the_configuration_is_shown_without_secrets() {
     let config = office.get("/api/v1/config").await;
     assert_eq!(config["names"], json!(["vpn.test"]));
     assert_eq!(config["keys"][0]["name"], "ops");
+    assert_eq!(
+        (&config["page"], &config["demo"]),
+        (&json!(true), &Value::Null)
+    );
     let pin = office.lab.front.tls.fingerprint().to_string();
     assert_eq!(config["fingerprint"], json!(pin));
     assert!(!config.to_string().contains(&office.token));

@@ -128,7 +128,7 @@ async fn the_text_dialects_announce_the_lease_and_carry_its_addresses() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_kernels_own_chatter_stays_out_of_a_tunnel() {
+async fn spf_13_the_kernels_own_chatter_stays_out_of_a_tunnel() {
     let lab = Lab::new(2).await;
     let (_first, mut client) = come(&lab, Dialect::TextDual, Padding::NONE).await;
     client.text().await;
@@ -139,6 +139,107 @@ async fn the_kernels_own_chatter_stays_out_of_a_tunnel() {
     device.write(&back);
     assert_eq!(client.data().await, back);
     lab.inbound_dropped(1, DropReason::Chatter, 2).await;
+}
+
+/// One that may not pass, and that the next one does.
+async fn refused(lab: &Lab, client: &mut Client, packet: Vec<u8>, reason: DropReason) {
+    let before = lab.shared.list()[0].totals.outbound.drops[reason as usize];
+    client.send(packet).await;
+    lab.dropped(0, reason, before + 1).await;
+    let good = packet::udp("10.64.0.2", 1, FAR4, 2, b"goes on");
+    client.send(good.clone()).await;
+    assert_eq!(lab.device(0).read(), good);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f_09_only_the_announced_address_may_send() {
+    let lab = Lab::new(1).await;
+    let mut client = lab
+        .admit(guest(&lab, Dialect::TextDual, Padding::NONE))
+        .await;
+    client.text().await;
+    for source in [
+        "10.64.0.0",
+        "10.64.0.1",
+        "10.64.0.3",
+        "10.64.0.255",
+        "10.64.1.2",
+        "192.168.1.7",
+        FAR6,
+        "fd00:1234:5678::",
+        "fd00:1234:5678::2",
+    ] {
+        let far = if source.contains(':') {
+            "2001:db8::1"
+        } else {
+            FAR4
+        };
+        let packet = packet::udp(source, 1, far, 2, b"spoofed");
+        refused(&lab, &mut client, packet, DropReason::Spoofed).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f_11_each_rule_between_a_tunnel_and_the_internet() {
+    let lab = Lab::new(1).await;
+    let mut client = lab
+        .admit(guest(&lab, Dialect::TextDual, Padding::NONE))
+        .await;
+    client.text().await;
+    let own = "10.64.0.2";
+    let mut cut = packet::udp(own, 1, FAR4, 2, b"cut");
+    cut.pop();
+    refused(&lab, &mut client, cut, DropReason::Malformed).await;
+    // Private networks are the kernel's rules' to refuse, these are nobody's to allow.
+    for special in [
+        "0.0.0.1",
+        "127.0.0.1",
+        "169.254.169.254",
+        "224.0.0.251",
+        "240.0.0.1",
+        "255.255.255.255",
+    ] {
+        let packet = packet::udp(own, 1, special, 2, b"");
+        refused(&lab, &mut client, packet, DropReason::Address).await;
+    }
+    for special in ["::1", "fe80::1", "ff02::1", "::ffff:1.1.1.1"] {
+        let packet = packet::udp("fd00:1234:5678::1", 1, special, 2, b"");
+        refused(&lab, &mut client, packet, DropReason::Address).await;
+    }
+    // The other way.
+    let device = lab.device(0);
+    let sources = ["0.0.0.1", "127.0.0.1", "169.254.1.1", "224.0.0.1"];
+    for source in sources {
+        device.write(&packet::udp(source, 1, own, 2, b""));
+    }
+    let good = packet::udp(FAR4, 1, own, 2, b"goes on");
+    device.write(&good);
+    assert_eq!(client.data().await, good);
+    let count = sources.len() as u64;
+    lab.inbound_dropped(0, DropReason::Address, count).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f_12_header_checksum_and_hops_are_checked_and_fragments_left_to_the_kernel() {
+    let lab = Lab::new(1).await;
+    let mut client = lab
+        .admit(guest(&lab, Dialect::SnatRaw, Padding::NONE))
+        .await;
+    // The first source is given the address that it has already.
+    let own = "10.64.0.2";
+    let last = packet::with_ttl(packet::udp(own, 1, FAR4, 2, b""), 1);
+    client.send(last.clone()).await;
+    let device = lab.device(0);
+    assert_eq!(device.read(), last, "whose answer is the kernel's");
+    let mut wrong = packet::udp(own, 1, FAR4, 2, b"");
+    wrong[10] ^= 1;
+    refused(&lab, &mut client, wrong, DropReason::Checksum).await;
+    let expired = packet::with_ttl(packet::udp(own, 1, FAR4, 2, b""), 0);
+    refused(&lab, &mut client, expired, DropReason::HopLimit).await;
+    for fragment in packet::fragments(&packet::udp(own, 1, FAR4, 2, &[7; 100]), 64) {
+        client.send(fragment.clone()).await;
+        assert_eq!(device.read(), fragment);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

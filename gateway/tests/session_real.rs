@@ -7,24 +7,29 @@
 
 mod session_support;
 
+use std::io::{Read, Write};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rvpn_gateway::admit::{Admission, Kind, TokenId};
+use bytes::Bytes;
+use rvpn_gateway::admit::{Admission, Kind, Sessions as _, TokenId};
 use rvpn_gateway::cores::Cores;
 use rvpn_gateway::helper::{Helper, HelperConfig};
 use rvpn_gateway::meter::Meter;
 use rvpn_gateway::session::begin::Arrival;
-use rvpn_gateway::session::{Settings, Shared};
+use rvpn_gateway::session::{Sessions, Settings, Shared};
 use rvpn_gateway::ticket::TicketKey;
 use rvpn_ipc::Key;
+use rvpn_lab::capture::readable;
 use rvpn_lab::helper::{as_user, give};
 use rvpn_lab::probe::Canary;
-use rvpn_lab::topology::UP4;
+use rvpn_lab::topology::{UP4, UP6};
 use rvpn_lab::{Lab, packet};
+use rvpn_proto::control::{Hello, Message as Control, Stage};
+use rvpn_proto::record::{Offload, Reader, append};
 use session_support::fake_helper::PATIENCE;
 use session_support::plain::{LONG, Plain};
-use session_support::wire::{Client, connect};
+use session_support::wire::{Client, connect, connect_io};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -77,6 +82,7 @@ fn as_gateway<F: Future<Output = ()>>(
                 let settings = Settings {
                     ticket_life: Duration::from_secs(3600),
                     dns: Vec::new(),
+                    routes: Vec::new(),
                 };
                 let shared = Shared::new(
                     Cores::start(2, false).unwrap(),
@@ -108,18 +114,7 @@ impl Gateway {
     /// A client with the welcome read.
     async fn client(&self, key: u8) -> (Client, String) {
         let (mut client, socket) = connect().await;
-        let guest = Admission {
-            account: "alice".into(),
-            subject: "alice".into(),
-            token_id: TokenId([1; 16]),
-            expires_at: None,
-            kind: Kind::Native,
-            anonymous: false,
-            class: 0,
-            peer: "127.0.0.1:9".parse().unwrap(),
-            listener: 0,
-            revoked: self.revoke.subscribe(),
-        };
+        let guest = self.guest();
         let protocol = Plain {
             patience: LONG,
             lingers: true,
@@ -136,6 +131,44 @@ impl Gateway {
         let welcome = client.text().await;
         let address = welcome.split(' ').next().unwrap().to_owned();
         (client, address)
+    }
+
+    /// A native client without offload, and its addresses.
+    async fn native(&self) -> (Client, [String; 2]) {
+        let (mut client, io) = connect_io().await;
+        Sessions(Arc::clone(&self.shared)).admit(self.guest(), io, Bytes::new());
+        let hello = Control::Hello(Hello {
+            versions: vec![1],
+            name: "test".to_owned(),
+            instance: "browser".to_owned(),
+            ..Hello::default()
+        });
+        let text = hello.to_text(Stage::BeforeLogin).unwrap();
+        client
+            .send(tokio_tungstenite::tungstenite::Message::text(text))
+            .await;
+        match Control::parse(&client.text().await, Stage::Session).unwrap() {
+            Control::Welcome(welcome) => {
+                let v6 = welcome.v6.unwrap().address;
+                (client, [welcome.v4.address.to_string(), v6.to_string()])
+            }
+            other => panic!("{other:?} in place of a welcome"),
+        }
+    }
+
+    fn guest(&self) -> Admission {
+        Admission {
+            account: "alice".into(),
+            subject: "alice".into(),
+            token_id: TokenId([1; 16]),
+            expires_at: None,
+            kind: Kind::Native,
+            anonymous: false,
+            class: 0,
+            peer: "127.0.0.1:9".parse().unwrap(),
+            listener: 0,
+            revoked: self.revoke.subscribe(),
+        }
     }
 }
 
@@ -237,5 +270,123 @@ fn a_deleted_device_ends_its_session_with_a_reason() {
         |words| {
             lab.gw.ip(words);
         },
+    );
+}
+
+/// In one message, so that the gateway has them at once.
+async fn send_all(client: &mut Client, packets: &[Vec<u8>]) {
+    let mut message = Vec::new();
+    for packet in packets {
+        append(&mut message, packet, Offload::NONE).unwrap();
+    }
+    client.send(message).await;
+}
+
+/// The next packet for the client that is TCP of this IP, and where its payload
+/// begins. What the other flow still repeats is passed over.
+async fn next_tcp(client: &mut Client, waiting: &mut Vec<Vec<u8>>, v6: bool) -> (Vec<u8>, usize) {
+    loop {
+        while let Some(packet) = waiting.pop() {
+            let (l4, tcp) = if v6 {
+                (40, packet[0] >> 4 == 6 && packet[6] == 6)
+            } else {
+                (20, packet[0] >> 4 == 4 && packet[9] == 6)
+            };
+            if tcp {
+                let payload = l4 + usize::from(packet[l4 + 12] >> 4) * 4;
+                return (packet, payload);
+            }
+        }
+        let message = client.data().await;
+        waiting.extend(Reader::new(&message).map(|r| r.unwrap().packet.to_vec()));
+        waiting.reverse();
+    }
+}
+
+#[test]
+fn what_is_joined_for_the_device_arrives_as_it_was_sent() {
+    const COUNT: u32 = 30;
+    const LEN: usize = 1300;
+    let lab = Lab::new();
+    let helper = rvpn_lab::Helper::serving(&lab, "");
+    let datagrams = [(UP4, SERVER), (UP6, "[2606:4700:4700::1111]:5353")]
+        .map(|(far, at)| (far, lab.up.udp(at)));
+    let streams = [(UP4, "1.1.1.1:7000"), (UP6, "[2606:4700:4700::1111]:7000")]
+        .map(|(far, at)| (far, lab.up.tcp(at)));
+    let part = |n: u32| -> Vec<u8> { (0..LEN as u32).map(|at| (at * 13 + n) as u8).collect() };
+    in_gateway(
+        &lab,
+        &helper,
+        async |gateway| {
+            let (mut client, own) = gateway.native().await;
+            for ((far, socket), own) in datagrams.iter().zip(&own) {
+                let sent: Vec<_> = (0..COUNT)
+                    .map(|n| packet::udp(own, 4000, far, 5353, &part(n)))
+                    .map(|mut p| {
+                        // Not a word about its number, as hosts do that never fragment.
+                        if p[0] >> 4 == 4 {
+                            p[6] = 0x40;
+                            packet::fix_header(&mut p);
+                        }
+                        p
+                    })
+                    .collect();
+                send_all(&mut client, &sent).await;
+                let mut buf = [0; 2000];
+                for n in 0..COUNT {
+                    let (len, _) = socket.recv_from(&mut buf).unwrap();
+                    assert_eq!(buf[..len], part(n), "datagram {n} to {far}");
+                }
+            }
+            for ((far, listener), own) in streams.iter().zip(&own) {
+                let mut waiting = Vec::new();
+                let v6 = *far == UP6;
+                let (here, there) = ((own.as_str(), 4001), (*far, 7000));
+                let syn = packet::tcp(here, there, "S", 99, 0, b"");
+                send_all(&mut client, &[syn]).await;
+                let (answer, _) = next_tcp(&mut client, &mut waiting, v6).await;
+                let l4 = if v6 { 40 } else { 20 };
+                let theirs = u32::from_be_bytes(answer[l4 + 4..l4 + 8].try_into().unwrap());
+                let mut sent = vec![packet::tcp(here, there, ".", 100, theirs + 1, b"")];
+                sent.extend((0..COUNT).map(|n| {
+                    let sequence = 100 + n * LEN as u32;
+                    packet::tcp(here, there, ".", sequence, theirs + 1, &part(n))
+                }));
+                send_all(&mut client, &sent).await;
+                assert!(readable(listener, PATIENCE), "no connection to {far}");
+                let (mut stream, _) = listener.accept().unwrap();
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                let mut got = vec![0; COUNT as usize * LEN];
+                stream.read_exact(&mut got).unwrap();
+                let expected: Vec<u8> = (0..COUNT).flat_map(part).collect();
+                assert!(got == expected, "the stream to {far}");
+                // And back, where the kernel's super-packet is cut.
+                stream.write_all(&expected[..4000]).unwrap();
+                let mut back = Vec::new();
+                while back.len() < 4000 {
+                    let (packet, payload) = next_tcp(&mut client, &mut waiting, v6).await;
+                    assert!(packet.len() <= 1500);
+                    back.extend_from_slice(&packet[payload..]);
+                }
+                assert!(back == expected[..4000], "the stream from {far}");
+            }
+            let id = gateway.shared.hub.cards()[0].id;
+            // Two handshakes, and every segment and datagram by itself; counted
+            // when the turn is over.
+            let packets = 2 * 2 + 4 * u64::from(COUNT);
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let usage = gateway.shared.meter.usage();
+                let row = usage.iter().find(|(_, u)| u.session == id).unwrap();
+                let totals = row.1.totals;
+                assert_eq!(totals.drops(), 0);
+                if totals.outbound.packets == packets {
+                    break;
+                }
+                assert!(Instant::now() < deadline, "{totals:?}");
+                tokio::task::yield_now().await;
+            }
+        },
+        |_| unreachable!(),
     );
 }

@@ -4,7 +4,6 @@
 //! and an eventfd the serving loop polls.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Barrier};
 use std::thread;
@@ -15,9 +14,9 @@ use rvpn_ipc::{Generation, Slot};
 
 use crate::apply;
 use crate::config::Config;
-use crate::kernel::ruleset::{self, Element};
-use crate::kernel::{Kernel, conntrack, link};
-use crate::plan::{self, LeaseTag, Tag};
+use crate::kernel::tun::Tun;
+use crate::kernel::{Kernel, conntrack, link, ruleset};
+use crate::plan::{self, LeaseTag, Live, Tag};
 use crate::pool::LET_GO;
 
 const PROBE: Duration = Duration::from_millis(5);
@@ -25,78 +24,56 @@ const PROBE: Duration = Duration::from_millis(5);
 const FLUSHES: u32 = 5;
 
 pub(crate) enum Job {
-    Clean {
-        slot: Slot,
-        index: u32,
-        generation: Generation,
-        lease: Option<LeaseTag>,
-    },
+    /// Slot, its device's index, its generation, its former lease.
+    Clean(Slot, u32, Generation, Option<LeaseTag>),
     /// Make the slots from the first to before the second.
     Grow(Slot, Slot),
 }
 
 pub(crate) enum Done {
-    Cleaned {
-        slot: Slot,
-        index: u32,
-    },
-    /// Made so far; an error when it could not go on.
-    Grown {
-        made: Vec<(Slot, u32)>,
-        error: Option<io::Error>,
-    },
-    /// The slot stays out of use until it is tried again.
-    NotCleaned {
-        slot: Slot,
-        error: io::Error,
-    },
+    /// The slot is on the device of this index, or stays out of use until it is tried again.
+    Cleaned(Slot, io::Result<u32>),
+    /// Indexes of the devices made, and why it did not go on.
+    Grown(Vec<u32>, io::Result<()>),
 }
 
 pub(crate) struct Cleaner {
     jobs: Sender<Job>,
     pub(crate) done: Receiver<Done>,
-    wake: Arc<EventFd>,
+    /// Readable when something is done.
+    pub(crate) wake: Arc<EventFd>,
     /// The netfilter port of its changes.
     pub(crate) port: u32,
 }
 
 impl Cleaner {
-    pub(crate) fn start(config: Arc<Config>) -> io::Result<Cleaner> {
-        let mut kernel = Kernel::open()?;
+    pub(crate) fn start(config: &Arc<Config>) -> io::Result<Cleaner> {
+        let mut kernel = Kernel::open(config)?;
         let port = kernel.filter.port;
-        let wake = Arc::new(EventFd::from_value_and_flags(
-            0,
-            EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC,
-        )?);
-        let (jobs, work) = channel::<Job>();
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
+        let (jobs, work) = channel();
         let (report, done) = channel();
         let signal = Arc::clone(&wake);
         // A starting thread makes system calls it never makes again: they must be over before the filter.
         let started = Arc::new(Barrier::new(2));
         let here = Arc::clone(&started);
-        thread::Builder::new()
-            .name("cleaner".to_owned())
-            .stack_size(256 * 1024)
-            .spawn(move || {
-                here.wait();
-                for job in work {
-                    let result = match job {
-                        Job::Clean {
-                            slot,
-                            index,
-                            generation,
-                            lease,
-                        } => match clean(&mut kernel, &config, slot, index, generation, lease) {
-                            Ok(index) => Done::Cleaned { slot, index },
-                            Err(error) => Done::NotCleaned { slot, error },
-                        },
-                        Job::Grow(from, to) => grow(&mut kernel, &config, from, to),
-                    };
-                    if report.send(result).is_err() || signal.write(1).is_err() {
-                        return;
+        let run = move || {
+            here.wait();
+            for job in work {
+                let result = match job {
+                    Job::Clean(slot, index, generation, former) => {
+                        Done::Cleaned(slot, clean(&mut kernel, slot, index, generation, former))
                     }
+                    Job::Grow(from, to) => grow(&mut kernel, from, to),
+                };
+                if report.send(result).is_err() || signal.write(1).is_err() {
+                    return;
                 }
-            })?;
+            }
+        };
+        let thread = thread::Builder::new().name("cleaner".to_owned());
+        thread.stack_size(256 * 1024).spawn(run)?;
         started.wait();
         Ok(Cleaner {
             jobs,
@@ -107,68 +84,41 @@ impl Cleaner {
     }
 
     pub(crate) fn submit(&self, job: Job) -> io::Result<()> {
-        self.jobs
-            .send(job)
-            .map_err(|_| io::Error::other("the cleaning thread is gone"))
-    }
-
-    /// Readable when something is done.
-    pub(crate) fn wake(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
-    }
-
-    pub(crate) fn woken(&self) {
-        let _ = self.wake.read();
+        let sent = self.jobs.send(job);
+        sent.map_err(|_| io::Error::other("the cleaning thread is gone"))
     }
 }
 
-fn grow(k: &mut Kernel, config: &Config, from: Slot, to: Slot) -> Done {
+fn grow(k: &mut Kernel, from: Slot, to: Slot) -> Done {
     let mut made = Vec::new();
-    for slot in from..to {
-        match apply::create(k, config, slot..slot + 1) {
-            Ok(one) => made.extend(one),
-            Err(error) => {
-                return Done::Grown {
-                    made,
-                    error: Some(error),
-                };
-            }
-        }
-    }
-    Done::Grown { made, error: None }
+    let result = (from..to).try_for_each(|slot| {
+        made.extend(apply::create(k, &[(slot, Tag::NEW)])?.iter().map(|m| m.1));
+        Ok(())
+    });
+    Done::Grown(made, result)
 }
 
 /// Closes the slot's way out, proves that nobody holds its device, and forgets
 /// its flows. Returns the device's index, a new one if there was any doubt.
 fn clean(
     k: &mut Kernel,
-    config: &Config,
     slot: Slot,
     index: u32,
     generation: Generation,
-    lease: Option<LeaseTag>,
+    former: Option<LeaseTag>,
 ) -> io::Result<u32> {
-    if let Some(l) = lease {
-        let element = Element {
-            slot,
-            index,
-            class: l.class,
-            streams: l.kind.has_streams(),
-        };
-        ruleset::remove_lease(k, config, element)?;
+    if let Some(lease) = former {
+        ruleset::remove_lease(k, Live::new(slot, index, lease))?;
     }
-    let tag = Tag {
-        generation,
-        lease: None,
-    };
+    let tag = Tag::new(generation, None);
     // While we hold it nobody can send through it, so no flow can begin again.
-    let (held, index) = match hold(k, config, slot, index) {
-        Some(tun) => {
-            link::set_alias(&mut k.route, index, &tag.to_alias())?;
-            link::drop_host6(&mut k.route, index, plan::hosts(config, slot).1);
-            (Some(tun), index)
-        }
-        None => (None, apply::recreate(k, config, slot, index, tag)?),
+    let held = hold(k, slot, index);
+    let index = if held.is_some() {
+        link::set_alias(k, index, tag)?;
+        link::drop_host6(k, slot, index);
+        index
+    } else {
+        apply::recreate(k, slot, index, tag)?
     };
     forget(k, slot)?;
     drop(held);
@@ -176,18 +126,13 @@ fn clean(
 }
 
 /// Attaches once every former descriptor is closed; `None` when there is any doubt about the device.
-fn hold(
-    k: &mut Kernel,
-    config: &Config,
-    slot: Slot,
-    index: u32,
-) -> Option<crate::kernel::tun::Tun> {
+fn hold(k: &mut Kernel, slot: Slot, index: u32) -> Option<Tun> {
     if index == 0 {
         return None;
     }
     let deadline = Instant::now() + LET_GO;
     let tun = loop {
-        match apply::attach(k, config, slot, index) {
+        match apply::attach(k, slot, index) {
             Ok((tun, _)) => break tun,
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
                 thread::sleep(PROBE)
@@ -195,22 +140,20 @@ fn hold(
             Err(_) => return None,
         }
     };
-    let l = link::get(&mut k.route, index).ok()?;
-    let whole =
-        apply::is_sound(config, &l) && apply::addressed(k, config, slot, index, false).ok()?;
+    let l = link::get(k, index).ok()?;
+    let whole = apply::is_sound(&k.config, &l) && apply::addressed(k, slot, index, false).ok()?;
     whole.then_some(tun)
 }
 
 fn forget(k: &mut Kernel, slot: Slot) -> io::Result<()> {
     let mark = plan::mark(slot, 0);
     for _ in 0..FLUSHES {
-        conntrack::flush(&mut k.filter, mark, plan::MARK_SLOT_MASK)?;
-        if conntrack::count(&mut k.filter, mark, plan::MARK_SLOT_MASK)? == 0 {
+        conntrack::flush(k, mark, plan::MARK_SLOT_MASK)?;
+        if conntrack::count(k, mark, plan::MARK_SLOT_MASK)? == 0 {
             return Ok(());
         }
     }
-    Err(io::Error::other(format!(
-        "flows of {} remain after {FLUSHES} flushes",
-        plan::device_name(slot)
-    )))
+    let name = plan::device_name(slot);
+    let why = format!("flows of {name} remain after {FLUSHES} flushes");
+    Err(io::Error::other(why))
 }

@@ -7,7 +7,11 @@
 /// One line to the log, with its priority where the journal reads it. That nobody
 /// reads it, or that it is full, is no reason to stop.
 macro_rules! say {
-    ($priority:expr, $($text:tt)*) => {{
+    (critical: $($text:tt)*) => { say!(2, $($text)*) };
+    (error: $($text:tt)*) => { say!(3, $($text)*) };
+    (warning: $($text:tt)*) => { say!(4, $($text)*) };
+    (notice: $($text:tt)*) => { say!(5, $($text)*) };
+    ($priority:literal, $($text:tt)*) => {{
         use std::io::Write as _;
         let line = match std::env::var_os("JOURNAL_STREAM") {
             Some(_) => format!("<{}>{}\n", $priority, format_args!($($text)*)),
@@ -17,37 +21,46 @@ macro_rules! say {
     }};
 }
 
+/// Refuses, with a reason, what does not hold.
+macro_rules! ensure {
+    ($holds:expr, $($why:tt)*) => {
+        match $holds {
+            true => {}
+            false => return Err(format!($($why)*)),
+        }
+    };
+}
+
 mod apply;
 mod check;
 mod cleaner;
 mod config;
 mod confine;
 #[cfg(feature = "fault-hooks")]
+#[path = "../tests/hooks/fault.rs"]
 mod fault;
-mod journal;
 mod kernel;
+mod net;
 mod notify;
 mod plan;
 mod pool;
 mod serve;
-mod undo;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 use rvpn_ipc::seqpacket;
 
-use check::Finding;
 use config::Config;
-use config::parse::Invalid;
-use kernel::Kernel;
+use kernel::{Kernel, host, link, ruleset, sysctl};
 
 const DEFAULT_CONFIG: &str = "/etc/rvpn/privhelper.conf";
 const BACKLOG: i32 = 8;
@@ -64,288 +77,233 @@ The configuration is /etc/rvpn/privhelper.conf unless named.
 Exit status: 0 done, 1 usage, 69 unavailable, 70 internal error, 78 configuration.
 ";
 
-/// How a command ended badly.
-enum Failure {
-    Usage(String),
-    Config(String),
-    Unavailable(String),
-    Internal(String),
-}
+/// How a command ended badly: exit status and reason.
+struct Failure(u8, String);
 
-impl From<Invalid> for Failure {
-    fn from(e: Invalid) -> Failure {
-        Failure::Config(e.to_string())
-    }
-}
+const BAD_USAGE: u8 = 1;
+const UNAVAILABLE: u8 = 69;
+const INTERNAL: u8 = 70;
+const BAD_CONFIG: u8 = 78;
 
 impl From<io::Error> for Failure {
     fn from(e: io::Error) -> Failure {
         match e.kind() {
-            io::ErrorKind::AlreadyExists => Failure::Config(e.to_string()),
+            io::ErrorKind::AlreadyExists => Failure(BAD_CONFIG, e.to_string()),
             io::ErrorKind::PermissionDenied => {
-                Failure::Unavailable(format!("{e}; CAP_NET_ADMIN is needed: run it as root"))
+                let remedy = "CAP_NET_ADMIN is needed: run it as root";
+                Failure(UNAVAILABLE, format!("{e}; {remedy}"))
             }
-            _ => Failure::Internal(e.to_string()),
+            _ => Failure(INTERNAL, e.to_string()),
         }
     }
+}
+
+/// What cannot be had at this place.
+fn unavailable(place: impl std::fmt::Display) -> impl Fn(io::Error) -> Failure {
+    move |e| Failure(UNAVAILABLE, format!("{place}: {e}"))
 }
 
 fn main() -> ExitCode {
     // Half alive is worse than dead: whoever supervises starts a whole one.
     std::panic::set_hook(Box::new(|info| {
-        say!(2, "internal error: {info}");
-        std::process::exit(70);
+        say!(critical: "internal error: {info}");
+        std::process::exit(INTERNAL.into());
     }));
-    let (code, text) = match run() {
-        Ok(()) => return ExitCode::SUCCESS,
-        Err(Failure::Usage(t)) => (1, format!("{t}\n{USAGE}")),
-        Err(Failure::Config(t)) => (78, t),
-        Err(Failure::Unavailable(t)) => (69, t),
-        Err(Failure::Internal(t)) => (70, t),
+    let Err(Failure(code, text)) = run() else {
+        return ExitCode::SUCCESS;
     };
-    say!(3, "{text}");
+    let usage = if code == BAD_USAGE { USAGE } else { "" };
+    say!(error: "{}", format!("{text}\n{usage}").trim_end());
     ExitCode::from(code)
-}
-
-struct Arguments {
-    command: String,
-    config: PathBuf,
-    json: bool,
-}
-
-fn arguments() -> Result<Option<Arguments>, Failure> {
-    let mut found = Arguments {
-        command: String::new(),
-        config: DEFAULT_CONFIG.into(),
-        json: false,
-    };
-    // What is no text is understood by nobody further down.
-    let text = |a: std::ffi::OsString| a.to_string_lossy().into_owned();
-    let mut args = std::env::args_os().skip(1).map(text);
-    while let Some(a) = args.next() {
-        match a.as_str() {
-            "--help" | "-h" => {
-                print!("{USAGE}");
-                return Ok(None);
-            }
-            "--version" | "-V" => {
-                println!("rvpn-privhelper {}", env!("CARGO_PKG_VERSION"));
-                return Ok(None);
-            }
-            "--config" => match args.next() {
-                Some(path) if Path::new(&path).is_absolute() => found.config = path.into(),
-                Some(path) => {
-                    return Err(Failure::Usage(format!(
-                        "--config '{path}' is not an absolute path"
-                    )));
-                }
-                None => return Err(Failure::Usage("--config needs a file".to_owned())),
-            },
-            "--json" if found.command == "status" => found.json = true,
-            "provision" | "serve" | "status" | "check" | "teardown" if found.command.is_empty() => {
-                found.command = a;
-            }
-            _ => return Err(Failure::Usage(format!("'{a}' is not understood here"))),
-        }
-    }
-    if found.command.is_empty() {
-        return Err(Failure::Usage("a command is needed".to_owned()));
-    }
-    Ok(Some(found))
 }
 
 fn run() -> Result<(), Failure> {
     let listeners = notify::passed_listeners();
-    confine::settle(listeners).map_err(|e| Failure::Config(e.to_string()))?;
-    let Some(args) = arguments()? else {
-        return Ok(());
-    };
-    let config = config::parse::load(&args.config)?;
-    match args.command.as_str() {
-        "provision" => provision(&config),
-        "serve" => serve(config, listeners),
-        "status" => status(&config, args.json),
-        "check" => check(&config),
-        _ => teardown(&config),
+    confine::settle(listeners).map_err(|e| Failure(BAD_CONFIG, e.to_string()))?;
+    // What is no text is understood by nobody further down.
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
+    let mut words: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+    let mut path = DEFAULT_CONFIG;
+    if let Some(at) = words.iter().position(|w| *w == "--config") {
+        path = words.get(at + 1).copied().unwrap_or_default();
+        words.drain(at..words.len().min(at + 2));
     }
+    if !path.starts_with('/') {
+        let why = "--config needs the absolute path of a file";
+        return Err(Failure(BAD_USAGE, format!("{why}, not '{path}'")));
+    }
+    let load = || config::load(path.as_ref()).map_err(|e| Failure(BAD_CONFIG, e));
+    let config = || load().map(Arc::new);
+    match words[..] {
+        ["--help" | "-h", ..] | [.., "--help" | "-h"] => print!("{USAGE}"),
+        ["--version" | "-V", ..] => println!("rvpn-privhelper {}", env!("CARGO_PKG_VERSION")),
+        ["provision"] => provision(&config()?)?,
+        ["serve"] => serve(config()?, listeners)?,
+        ["status"] => status(&config()?, false)?,
+        ["status", "--json"] => status(&config()?, true)?,
+        ["check"] => check(&config()?)?,
+        ["teardown"] => teardown(&config()?)?,
+        [] => return Err(Failure(BAD_USAGE, "a command is needed".to_owned())),
+        _ => {
+            let why = format!("'{}' is not understood", words.join(" "));
+            return Err(Failure(BAD_USAGE, why));
+        }
+    }
+    Ok(())
+}
+
+/// Makes a directory none but we and our group look into; false when it is there already.
+fn make_directory(path: &Path) -> io::Result<bool> {
+    let missing = !path.exists();
+    if missing {
+        DirBuilder::new().recursive(true).mode(0o750).create(path)?;
+    }
+    Ok(missing)
 }
 
 /// Held while this process changes anything; the kernel lets go of it with the process.
 fn lock(config: &Config) -> Result<Flock<File>, Failure> {
-    let failed = |e: io::Error| Failure::Unavailable(format!("{}: {e}", config.state.display()));
-    if !config.state.exists() {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o750)
-            .create(&config.state)
-            .map_err(failed)?;
-    }
-    let path = config.lock_path();
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(failed)?;
-    if geteuid().is_root() {
-        chown(
-            &config.state,
-            Some(config.helper_uid),
-            Some(config.helper_gid),
-        )
-        .map_err(failed)?;
-    }
+    let (state, path) = (&config.state, config.lock_path());
+    let open = || {
+        make_directory(state)?;
+        let mut options = OpenOptions::new();
+        options.create(true).truncate(false).write(true);
+        let file = options.open(&path)?;
+        if geteuid().is_root() {
+            chown(state, Some(config.helper.uid), Some(config.helper.gid))?;
+        }
+        Ok(file)
+    };
+    let file = open().map_err(unavailable(state.display()))?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
-        Failure::Config(format!(
-            "{} is held: another rvpn-privhelper is running, stop it first",
-            path.display()
-        ))
+        let remedy = "another rvpn-privhelper is running, stop it first";
+        Failure(BAD_CONFIG, format!("{} is held: {remedy}", path.display()))
     })
 }
 
 /// Refuses a host that cannot carry the configuration, and warns of what is merely odd.
-fn insist(k: &mut Kernel, config: &Config) -> Result<(), Failure> {
+fn insist(k: &mut Kernel) -> Result<(), Failure> {
     let mut wrong = Vec::new();
-    for finding in check::host(k, config)? {
-        match finding {
-            Finding::Wrong(t) => wrong.push(t),
-            Finding::Warning(t) => say!(4, "warning: {t}"),
-            Finding::Good(_) => {}
+    for (weight, text) in check::host(k)? {
+        match weight {
+            check::WRONG => wrong.push(text),
+            check::WARNING => say!(warning: "warning: {text}"),
+            _ => {}
         }
     }
-    if wrong.is_empty() {
-        Ok(())
-    } else {
-        Err(Failure::Config(wrong.join("\n")))
+    if !wrong.is_empty() {
+        return Err(Failure(BAD_CONFIG, wrong.join("\n")));
     }
+    Ok(())
 }
 
-fn provision(config: &Config) -> Result<(), Failure> {
+fn provision(config: &Arc<Config>) -> Result<(), Failure> {
     let lock = lock(config)?;
     confine::drop_privileges(config)?;
-    let mut k = Kernel::open()?;
-    insist(&mut k, config)?;
-    let before = apply::survey(&mut k, config)?.ours.len();
-    let uplinks = kernel::host::uplinks(&mut k, config)?;
-    let (pool, rules) = serve::adopt(&mut k, config, &uplinks)?;
-    let (all, made) = (
-        pool.len() as usize,
-        (pool.len() as usize).saturating_sub(before),
-    );
-    println!(
-        "{all} devices ({made} new), {rules} rules in table inet rvpn, {} uplink(s)",
-        uplinks.len()
-    );
+    let mut k = Kernel::open(config)?;
+    insist(&mut k)?;
+    let before = apply::survey(&mut k)?.ours.len();
+    let uplinks = host::uplinks(&mut k)?;
+    let (pool, rules) = serve::adopt(&mut k, &uplinks)?;
+    let (all, n) = (pool.len() as usize, uplinks.len());
+    let made = all.saturating_sub(before);
+    println!("{all} devices ({made} new), {rules} rules in table inet rvpn, {n} uplink(s)");
     drop(lock);
     Ok(())
 }
 
 /// The split between the halves is one between users. A user namespace may have but one.
-fn two_users(config: &Config) -> Result<(), Failure> {
-    let (helper, gateway) = (config.helper_uid, config.gateway_uid);
+fn two_users(c: &Config) -> Result<(), Failure> {
+    let (helper, gateway) = (c.helper.uid, c.gateway.uid);
     if confine::in_user_namespace() || (helper != gateway && helper != 0 && gateway != 0) {
         return Ok(());
     }
-    Err(Failure::Config(format!(
-        "helper-user is uid {helper} and gateway-user is uid {gateway}: each needs a user of its own, which is not root's"
-    )))
+    let found = format!("helper-user is uid {helper} and gateway-user is uid {gateway}");
+    let wanted = "each needs a user of its own, which is not root's";
+    Err(Failure(BAD_CONFIG, format!("{found}: {wanted}")))
 }
 
-fn serve(config: Config, passed: u32) -> Result<(), Failure> {
+fn serve(config: Arc<Config>, passed: u64) -> Result<(), Failure> {
     two_users(&config)?;
     // Let go of by the kernel, with the process: unlocking is no call the filter allows.
     let _lock = ManuallyDrop::new(lock(&config)?);
     let notify = notify::Notify::from_env();
-    let listener = listen(&config, passed)?;
+    let listener = if passed > 0 {
+        confine::landlock::passed(3).map_err(unavailable("the socket passed in"))?
+    } else {
+        listen(&config)?
+    };
     confine::drop_privileges(&config)?;
     // The gateway checks who serves it: that is us as we are from now on, not root.
     seqpacket::listen_again(listener.as_fd(), BACKLOG)?;
-    insist(&mut Kernel::open()?, &config)?;
+    insist(&mut Kernel::open(&config)?)?;
     Ok(serve::run(config, listener, notify)?)
 }
 
-/// The socket passed in, or one of our own in a directory others cannot write.
-fn listen(config: &Config, passed: u32) -> Result<OwnedFd, Failure> {
-    if passed > 0 {
-        return confine::landlock::passed(3)
-            .map_err(|e| Failure::Unavailable(format!("the socket passed in: {e}")));
-    }
-    let path = &config.socket;
-    let failed = |e: io::Error| Failure::Unavailable(format!("{}: {e}", path.display()));
+/// A socket of our own in a directory others cannot write.
+fn listen(config: &Config) -> Result<OwnedFd, Failure> {
+    let (path, root) = (&config.socket, geteuid().is_root());
+    let gateway = Some(config.gateway.gid);
     let dir = path.parent().unwrap_or(Path::new("/"));
-    if !dir.exists() {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o750)
-            .create(dir)
-            .map_err(failed)?;
-        if geteuid().is_root() {
-            chown(dir, None, Some(config.gateway_gid)).map_err(failed)?;
+    let prepared = || {
+        if make_directory(dir)? {
+            if root {
+                chown(dir, None, gateway)?;
+            }
+            fs::set_permissions(dir, Permissions::from_mode(0o750))?;
         }
-        fs::set_permissions(dir, Permissions::from_mode(0o750)).map_err(failed)?;
+        fs::symlink_metadata(dir)
+    };
+    let meta = prepared().map_err(unavailable(path.display()))?;
+    let safe = meta.uid() == 0 || meta.uid() == geteuid().as_raw();
+    if !meta.is_dir() || !safe || meta.mode() & 0o022 != 0 {
+        let wanted = "must be a directory of root's that nobody else can write";
+        let text = format!("{}: {wanted}: chown root, chmod 0750", dir.display());
+        return Err(Failure(BAD_CONFIG, text));
     }
-    let meta = fs::symlink_metadata(dir).map_err(failed)?;
-    let trusted = meta.is_dir()
-        && (meta.uid() == 0 || meta.uid() == geteuid().as_raw())
-        && meta.mode() & 0o022 == 0;
-    if !trusted {
-        return Err(Failure::Config(format!(
-            "{}: must be a directory of root's that nobody else can write: chown root, chmod 0750",
-            dir.display()
-        )));
-    }
-    // The lock proves that whoever made a socket there is gone.
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
-        _ => {}
-    }
-    let listener = seqpacket::listen(path, BACKLOG).map_err(failed)?;
-    if geteuid().is_root() {
-        chown(path, Some(config.helper_uid), Some(config.gateway_gid)).map_err(failed)?;
-    }
-    fs::set_permissions(path, Permissions::from_mode(0o660)).map_err(failed)?;
-    Ok(listener)
+    let bound = || {
+        // The lock proves that whoever made a socket there is gone.
+        sysctl::if_there(fs::remove_file(path))?;
+        let listener = seqpacket::listen(path, BACKLOG)?;
+        if root {
+            chown(path, Some(config.helper.uid), gateway)?;
+        }
+        fs::set_permissions(path, Permissions::from_mode(0o660))?;
+        Ok(listener)
+    };
+    bound().map_err(unavailable(path.display()))
 }
 
-fn check(config: &Config) -> Result<(), Failure> {
-    let mut findings = check::host(&mut Kernel::open()?, config)?;
-    if let Err(Failure::Config(t)) = two_users(config) {
-        findings.push(Finding::Wrong(t));
+fn check(config: &Arc<Config>) -> Result<(), Failure> {
+    let mut findings = check::host(&mut Kernel::open(config)?)?;
+    let shared = two_users(config).err();
+    findings.extend(shared.map(|f| (check::WRONG, f.1)));
+    for (weight, text) in &findings {
+        println!("{weight:<8} {text}");
     }
-    let mut wrong = 0;
-    for finding in findings {
-        match finding {
-            Finding::Wrong(t) => {
-                wrong += 1;
-                println!("wrong    {t}");
-            }
-            Finding::Warning(t) => println!("warning  {t}"),
-            Finding::Good(t) => println!("good     {t}"),
-        }
+    let n = findings.iter().filter(|f| f.0 == check::WRONG).count();
+    if n > 0 {
+        let text = format!("{n} of these must be mended first");
+        return Err(Failure(BAD_CONFIG, text));
     }
-    if wrong == 0 {
-        Ok(())
-    } else {
-        Err(Failure::Config(format!(
-            "{wrong} of these must be mended first"
-        )))
-    }
+    Ok(())
 }
 
 /// What is there by the kernel's account alone: no helper is asked, so none need be alive.
-fn status(config: &Config, json: bool) -> Result<(), Failure> {
-    let mut k = Kernel::open()?;
-    let found = apply::survey(&mut k, config)?;
-    let rules = kernel::ruleset::rules_present(&mut k).unwrap_or(0);
+fn status(config: &Arc<Config>, json: bool) -> Result<(), Failure> {
+    let mut k = Kernel::open(config)?;
+    let found = apply::survey(&mut k)?;
+    let rules = ruleset::rules_present(&mut k).unwrap_or(0);
     let leased = found.ours.iter().filter(|d| d.tag.lease.is_some()).count();
     let unsound = found.ours.iter().filter(|d| !d.sound).count();
     let (devices, foreign) = (found.ours.len(), found.foreign.len());
     let free = devices - leased;
     let mut uplinks = Vec::new();
-    for index in kernel::host::uplinks(&mut k, config)? {
-        uplinks.push(kernel::link::get(&mut k.route, index)?.name);
+    for index in host::uplinks(&mut k)? {
+        uplinks.push(link::get(&mut k, index)?.name);
     }
-    let serving = kernel::host::listening(&config.socket)?;
+    let serving = host::listening(&config.socket)?;
     if json {
         // A list of interface names is written the same in Rust and in JSON.
         println!(
@@ -353,33 +311,25 @@ fn status(config: &Config, json: bool) -> Result<(), Failure> {
         );
         return Ok(());
     }
-    let served = if serving { "a" } else { "no" };
-    println!(
-        "{devices} devices: {free} free, {leased} with a lease, {unsound} not as made\n{rules} rules in table inet rvpn\nuplinks: {}\n{served} helper is serving",
-        if uplinks.is_empty() {
-            "none".to_owned()
-        } else {
-            uplinks.join(", ")
-        }
-    );
+    println!("{devices} devices: {free} free, {leased} with a lease, {unsound} not as made");
+    println!("{rules} rules in table inet rvpn");
+    let none = if uplinks.is_empty() { "none" } else { "" };
+    println!("uplinks: {none}{}", uplinks.join(", "));
+    println!("{} helper is serving", if serving { "a" } else { "no" });
     for name in found.foreign {
         println!("in the way: {name}, not made by this helper");
     }
     Ok(())
 }
 
-fn teardown(config: &Config) -> Result<(), Failure> {
+fn teardown(config: &Arc<Config>) -> Result<(), Failure> {
     let lock = lock(config)?;
-    let removed = undo::teardown(&mut Kernel::open()?, config)?;
+    let (devices, sysctls, kept) = apply::teardown(&mut Kernel::open(config)?)?;
     drop(lock);
-    // Both are ours only when nothing else is in them.
+    // It is ours only when nothing else is in it.
     let _ = fs::remove_dir(&config.state);
-    println!(
-        "removed {} devices and table inet rvpn, put back {} sysctls",
-        removed.devices,
-        removed.sysctls.len()
-    );
-    for name in removed.kept {
+    println!("removed {devices} devices and table inet rvpn, put back {sysctls} sysctls");
+    for name in kept {
         println!("kept {name}: not made by this helper");
     }
     Ok(())

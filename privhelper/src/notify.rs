@@ -24,13 +24,10 @@ impl Notify {
             Some(socket)
         });
         let mine = env::var("WATCHDOG_PID").map_or(true, |p| p == std::process::id().to_string());
-        let micros = env::var("WATCHDOG_USEC")
-            .ok()
-            .and_then(|v| v.parse().ok())
-            .filter(|_| mine);
+        let micros = number("WATCHDOG_USEC").filter(|_| mine);
         Notify {
             socket,
-            watchdog: micros.map(|v: u64| Duration::from_micros(v / 2)),
+            watchdog: micros.map(|v| Duration::from_micros(v / 2)),
         }
     }
 
@@ -42,12 +39,12 @@ impl Notify {
     }
 }
 
+fn number(name: &str) -> Option<u64> {
+    env::var(name).ok()?.parse().ok()
+}
+
 /// How many listeners were passed in, from descriptor 3 on.
-pub(crate) fn passed_listeners() -> u32 {
+pub(crate) fn passed_listeners() -> u64 {
     let mine = env::var("LISTEN_PID").is_ok_and(|p| p == std::process::id().to_string());
-    env::var("LISTEN_FDS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .filter(|_| mine)
-        .unwrap_or(0)
+    number("LISTEN_FDS").filter(|_| mine).unwrap_or(0)
 }

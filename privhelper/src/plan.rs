@@ -1,10 +1,9 @@
 //! From a slot's number to everything the kernel knows it by. Pure.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
-
 use rvpn_ipc::{Class, Generation, Key, Kind, Slot};
 
-use crate::config::{Config, Net4, Net6};
+use crate::config::Config;
+use crate::net::Net;
 
 /// Interfaces are named by us alone: `rv` and the slot's number.
 pub(crate) const NAME_PREFIX: &str = "rv";
@@ -36,42 +35,22 @@ pub(crate) fn mark(slot: Slot, class: Class) -> u32 {
     MARK_TAG | u32::from(class & 0x0f) << MARK_CLASS_SHIFT | (slot & 0xffff)
 }
 
-/// First address of the slot's /24.
-pub(crate) fn v4_base(pool: Net4, slot: Slot) -> Ipv4Addr {
-    Ipv4Addr::from(u32::from(pool.addr) + slot * 256)
+/// What a slot's clients have: its /24 and its /112.
+pub(crate) fn prefixes(c: &Config, slot: Slot) -> [Net; 2] {
+    let slot = u128::from(slot);
+    [c.pool4.at(slot * 256, 24), c.pool6.at(slot << 64, 112)]
 }
 
-/// The host's address in it.
-pub(crate) fn v4_host(pool: Net4, slot: Slot) -> Ipv4Addr {
-    Ipv4Addr::from(u32::from(v4_base(pool, slot)) + 1)
-}
-
-/// First address of the slot's /112, which is also the host's.
-pub(crate) fn v6_base(pool: Net6, slot: Slot) -> Ipv6Addr {
-    Ipv6Addr::from(u128::from(pool.addr) + (u128::from(slot) << 64))
-}
-
-/// The host's addresses on the slot's device, with the slot's prefixes.
-pub(crate) fn hosts(config: &Config, slot: Slot) -> (Net4, Net6) {
-    let v4 = Net4 {
-        addr: v4_host(config.pool4, slot),
-        len: 24,
-    };
-    let v6 = Net6 {
-        addr: v6_base(config.pool6, slot),
-        len: 112,
-    };
-    (v4, v6)
+/// The host's addresses on the slot's device: the second of the one, the first of the other.
+pub(crate) fn hosts(c: &Config, slot: Slot) -> [Net; 2] {
+    let [v4, v6] = prefixes(c, slot);
+    [v4.at(1, 24), v6]
 }
 
 /// Where the slot's streams leave from.
-pub(crate) fn stream4(config: &Config, slot: Slot) -> Ipv4Addr {
-    Ipv4Addr::from(u32::from(config.stream4.addr) + slot)
-}
-
-/// Where the slot's streams leave from.
-pub(crate) fn stream6(config: &Config, slot: Slot) -> Ipv6Addr {
-    Ipv6Addr::from(u128::from(config.stream6.addr) + u128::from(slot))
+pub(crate) fn streams(c: &Config, slot: Slot) -> [Net; 2] {
+    let slot = slot.into();
+    [c.stream4.at(slot, 32), c.stream6.at(slot, 128)]
 }
 
 /// What a restarted helper must know about a lease, kept in the interface's alias.
@@ -89,58 +68,60 @@ pub(crate) struct LeaseTag {
     pub(crate) class: Class,
 }
 
+impl LeaseTag {
+    pub(crate) const fn new(key: Key, kind: Kind, class: Class) -> LeaseTag {
+        LeaseTag { key, kind, class }
+    }
+}
+
+/// A slot's device and the lease on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Live {
+    pub(crate) slot: Slot,
+    pub(crate) index: u32,
+    pub(crate) lease: LeaseTag,
+}
+
+impl Live {
+    pub(crate) const fn new(slot: Slot, index: u32, lease: LeaseTag) -> Live {
+        Live { slot, index, lease }
+    }
+}
+
 const ALIAS_PREFIX: &str = "rvpn1";
 
 impl Tag {
     /// Of a slot nobody ever had.
-    pub(crate) const NEW: Tag = Tag {
-        generation: 0,
-        lease: None,
-    };
+    pub(crate) const NEW: Tag = Tag::new(0, None);
+
+    pub(crate) const fn new(generation: Generation, lease: Option<LeaseTag>) -> Tag {
+        Tag { generation, lease }
+    }
 
     /// `rvpn1 GENERATION` or `rvpn1 GENERATION KIND CLASS KEY`.
     pub(crate) fn to_alias(self) -> String {
-        use std::fmt::Write as _;
-        let mut s = format!("{ALIAS_PREFIX} {}", self.generation);
-        if let Some(l) = self.lease {
-            let _ = write!(s, " {} {} ", l.kind as u8, l.class);
-            for b in l.key.0 {
-                let _ = write!(s, "{b:02x}");
-            }
-        }
-        s
+        let free = format!("{ALIAS_PREFIX} {}", self.generation);
+        let Some(l) = self.lease else { return free };
+        let key = u128::from_be_bytes(l.key.0);
+        format!("{free} {} {} {key:032x}", l.kind as u8, l.class)
     }
 
     /// Reads an alias back; `None` means the device was not made by this helper.
     pub(crate) fn from_alias(alias: &str) -> Option<Tag> {
-        let mut words = alias.split(' ');
-        if words.next()? != ALIAS_PREFIX {
-            return None;
-        }
-        let generation = words.next()?.parse().ok()?;
-        let lease = match words.next() {
-            None => None,
-            Some(kind) => Some(LeaseTag {
-                kind: Kind::from_wire(kind.parse().ok()?)?,
-                class: words.next()?.parse().ok()?,
-                key: parse_key(words.next()?)?,
-            }),
+        let (generation, lease) = match alias.split(' ').collect::<Vec<_>>()[..] {
+            [ALIAS_PREFIX, generation] => (generation, None),
+            [ALIAS_PREFIX, generation, kind, class, key] if key.len() == 32 => {
+                let kind = Kind::from_wire(kind.parse().ok()?)?;
+                let key = Key(u128::from_str_radix(key, 16).ok()?.to_be_bytes());
+                (
+                    generation,
+                    Some(LeaseTag::new(key, kind, class.parse().ok()?)),
+                )
+            }
+            _ => return None,
         };
-        words.next().is_none().then_some(Tag { generation, lease })
+        Some(Tag::new(generation.parse().ok()?, lease))
     }
-}
-
-fn parse_key(hex: &str) -> Option<Key> {
-    let bytes = hex.as_bytes();
-    if bytes.len() != 32 {
-        return None;
-    }
-    let mut key = [0; 16];
-    for (to, pair) in key.iter_mut().zip(bytes.chunks_exact(2)) {
-        let digit = |b: u8| char::from(b).to_digit(16);
-        *to = u8::try_from(digit(pair[0])? * 16 + digit(pair[1])?).ok()?;
-    }
-    Some(Key(key))
 }
 
 #[cfg(test)]

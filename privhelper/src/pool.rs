@@ -10,19 +10,23 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use rvpn_ipc::{Class, Generation, Key, Kind, Slot};
+use rvpn_ipc::{Generation, Key, Slot};
 
-use crate::plan::{LeaseTag, Tag};
+use crate::plan::{LeaseTag, Live, Tag};
 
 /// Which connection holds a lease.
 pub(crate) type Holder = u64;
 
+/// How long a holder has to let go of a lease another session has acquired.
+pub(crate) const LET_GO: Duration = Duration::from_millis(200);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Free,
-    Leased { lease: LeaseTag, holder: Holder },
-    Lingering { lease: LeaseTag, until: Instant },
-    Cleaning { lease: Option<LeaseTag> },
+    Leased(Holder),
+    /// The session may come back until then.
+    Lingering(Instant),
+    Cleaning,
 }
 
 #[derive(Debug)]
@@ -31,6 +35,28 @@ struct Entry {
     /// The device's index; zero while there is none.
     index: u32,
     state: State,
+    /// The lease; of a slot that is being cleaned, the former one.
+    lease: Option<LeaseTag>,
+}
+
+/// What a number that is no slot's stands for: nothing to be had of it, nothing to be done to it.
+const NOWHERE: Entry = Entry::new(0, 0, None);
+
+impl Entry {
+    const fn new(generation: Generation, index: u32, lease: Option<LeaseTag>) -> Entry {
+        let state = State::Cleaning;
+        Entry {
+            generation,
+            index,
+            state,
+            lease,
+        }
+    }
+
+    fn live(&self) -> Option<LeaseTag> {
+        let live = matches!(self.state, State::Leased(_) | State::Lingering(_));
+        self.lease.filter(|_| live)
+    }
 }
 
 /// How many slots are in each state.
@@ -42,6 +68,17 @@ pub(crate) struct Counts {
     pub(crate) cleaning: u32,
 }
 
+impl Counts {
+    fn of(&mut self, state: State) -> &mut u32 {
+        match state {
+            State::Free => &mut self.free,
+            State::Leased(_) => &mut self.leased,
+            State::Lingering(_) => &mut self.lingering,
+            State::Cleaning => &mut self.cleaning,
+        }
+    }
+}
+
 /// The answer to an acquire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Acquired {
@@ -50,20 +87,8 @@ pub(crate) enum Acquired {
     /// The key's own slot, still open to its flows.
     Resumed(Slot),
     /// The key's own slot, but somebody holds it: he is told, and has a moment to let go.
-    Held {
-        slot: Slot,
-        generation: Generation,
-        holder: Holder,
-    },
+    Held(Slot, Generation, Holder),
     Full,
-}
-
-/// A lease as effects need it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Live {
-    pub(crate) slot: Slot,
-    pub(crate) index: u32,
-    pub(crate) lease: LeaseTag,
 }
 
 #[derive(Debug, Default)]
@@ -76,52 +101,37 @@ pub(crate) struct Pool {
 
 impl Pool {
     /// Adds the next slot, free or as its device's tag says; `sound` false sends it to cleaning first.
-    pub(crate) fn add(&mut self, index: u32, tag: Tag, sound: bool, until: Instant) -> Slot {
-        let slot = Slot::try_from(self.slots.len()).unwrap_or(Slot::MAX);
-        let state = match tag.lease {
-            Some(lease) if sound && !self.keys.contains_key(&lease.key) => {
-                State::Lingering { lease, until }
-            }
-            lease if !sound || lease.is_some() => State::Cleaning { lease },
-            _ => State::Free,
+    pub(crate) fn add(&mut self, index: u32, tag: Tag, sound: bool, until: Instant) {
+        let Tag { generation, lease } = tag;
+        let state = match lease {
+            Some(l) if sound && !self.keys.contains_key(&l.key) => State::Lingering(until),
+            None if sound => State::Free,
+            _ => State::Cleaning,
         };
-        self.slots.push(Entry {
-            generation: tag.generation,
-            index,
-            state: State::Cleaning { lease: None },
-        });
+        let slot = self.len();
         self.counts.cleaning += 1;
-        self.enter(slot, state);
-        slot
+        self.slots.push(Entry::new(generation, index, lease));
+        self.enter(slot, state, lease);
     }
 
     /// Moves a slot to a state, keeping counts, keys and the free list true.
-    fn enter(&mut self, slot: Slot, state: State) {
+    fn enter(&mut self, slot: Slot, state: State, lease: Option<LeaseTag>) {
         let entry = &mut self.slots[slot as usize];
-        let old = std::mem::replace(&mut entry.state, state);
-        match old {
-            State::Free => self.counts.free -= 1,
-            State::Leased { .. } => self.counts.leased -= 1,
-            State::Lingering { .. } => self.counts.lingering -= 1,
-            State::Cleaning { .. } => self.counts.cleaning -= 1,
+        *self.counts.of(entry.state) -= 1;
+        *self.counts.of(state) += 1;
+        if let Some(l) = entry.live() {
+            self.keys.remove(&l.key);
         }
-        if let State::Leased { lease, .. } | State::Lingering { lease, .. } = old {
-            self.keys.remove(&lease.key);
+        if entry.state == State::Free {
+            let at = self.free.iter().position(|&s| s == slot);
+            at.and_then(|at| self.free.remove(at));
         }
-        match state {
-            State::Free => {
-                self.counts.free += 1;
-                self.free.push_back(slot);
-            }
-            State::Leased { lease, .. } => {
-                self.counts.leased += 1;
-                self.keys.insert(lease.key, slot);
-            }
-            State::Lingering { lease, .. } => {
-                self.counts.lingering += 1;
-                self.keys.insert(lease.key, slot);
-            }
-            State::Cleaning { .. } => self.counts.cleaning += 1,
+        (entry.state, entry.lease) = (state, lease);
+        if let Some(l) = entry.live() {
+            self.keys.insert(l.key, slot);
+        }
+        if state == State::Free {
+            self.free.push_back(slot);
         }
     }
 
@@ -133,248 +143,185 @@ impl Pool {
         self.counts
     }
 
+    fn entry(&self, slot: Slot) -> &Entry {
+        self.slots.get(slot as usize).unwrap_or(&NOWHERE)
+    }
+
     pub(crate) fn index(&self, slot: Slot) -> u32 {
-        self.slots.get(slot as usize).map_or(0, |e| e.index)
+        self.entry(slot).index
     }
 
-    pub(crate) fn tag(&self, slot: Slot) -> Tag {
-        let lease = self.live_lease(slot);
-        Tag {
-            generation: self.slots[slot as usize].generation,
-            lease,
-        }
+    pub(crate) fn generation(&self, slot: Slot) -> Generation {
+        self.entry(slot).generation
     }
 
-    fn live_lease(&self, slot: Slot) -> Option<LeaseTag> {
-        match self.slots.get(slot as usize)?.state {
-            State::Leased { lease, .. } | State::Lingering { lease, .. } => Some(lease),
-            State::Free | State::Cleaning { .. } => None,
-        }
+    /// The slot's lease, if it has one.
+    pub(crate) fn lease(&self, slot: Slot) -> Option<LeaseTag> {
+        self.entry(slot).live()
+    }
+
+    /// What a slot that is being cleaned was leased as.
+    pub(crate) fn former(&self, slot: Slot) -> Option<LeaseTag> {
+        let entry = self.entry(slot);
+        entry.lease.filter(|_| entry.state == State::Cleaning)
+    }
+
+    fn entries(&self) -> impl Iterator<Item = (Slot, &Entry)> {
+        (0..).zip(&self.slots)
     }
 
     /// Every slot with a lease, for a table made anew.
-    pub(crate) fn live(&self) -> impl Iterator<Item = Live> + '_ {
-        (0..self.len()).filter_map(|slot| {
-            Some(Live {
-                slot,
-                index: self.index(slot),
-                lease: self.live_lease(slot)?,
-            })
-        })
+    pub(crate) fn live(&self) -> Vec<Live> {
+        let live = |(slot, e): (Slot, &Entry)| Some(Live::new(slot, e.index, e.live()?));
+        self.entries().filter_map(live).collect()
     }
 
     /// Every slot that has a device.
-    pub(crate) fn devices(&self) -> impl Iterator<Item = (Slot, u32)> + '_ {
-        (0..)
-            .zip(&self.slots)
-            .filter(|(_, e)| e.index != 0)
-            .map(|(s, e)| (s, e.index))
+    pub(crate) fn devices(&self) -> impl Iterator<Item = (Slot, u32)> {
+        let devices = self.entries().map(|(slot, e)| (slot, e.index));
+        devices.filter(|d| d.1 != 0)
+    }
+
+    /// Every slot that is to be cleaned.
+    pub(crate) fn cleaning(&self) -> Vec<Slot> {
+        let found = self.entries().filter(|e| e.1.state == State::Cleaning);
+        found.map(|e| e.0).collect()
     }
 
     /// Finds the slot for a key; [`Pool::grant`] makes it the holder's once its device is open.
-    pub(crate) fn find(&mut self, key: Key) -> Acquired {
+    pub(crate) fn find(&self, key: Key) -> Acquired {
         let Some(&slot) = self.keys.get(&key) else {
-            return self
-                .free
-                .front()
-                .map_or(Acquired::Full, |&slot| Acquired::Fresh(slot));
+            let next = self.free.front().copied();
+            return next.map_or(Acquired::Full, Acquired::Fresh);
         };
-        let entry = &self.slots[slot as usize];
+        let entry = self.entry(slot);
         match entry.state {
-            State::Leased { holder, .. } => Acquired::Held {
-                slot,
-                generation: entry.generation,
-                holder,
-            },
+            State::Leased(holder) => Acquired::Held(slot, entry.generation, holder),
             _ => Acquired::Resumed(slot),
         }
     }
 
     /// The generation the slot's next lease will have.
     pub(crate) fn next_generation(&self, slot: Slot) -> Generation {
-        self.slots[slot as usize]
-            .generation
-            .checked_add(1)
-            .unwrap_or(1)
+        self.generation(slot).checked_add(1).unwrap_or(1)
     }
 
     pub(crate) fn grant(&mut self, slot: Slot, lease: LeaseTag, holder: Holder) -> Generation {
-        if self.free.front() == Some(&slot) {
-            self.free.pop_front();
-        }
         let generation = self.next_generation(slot);
         self.slots[slot as usize].generation = generation;
-        self.enter(slot, State::Leased { lease, holder });
+        self.enter(slot, State::Leased(holder), Some(lease));
         generation
     }
 
     /// A lease claimed by whoever holds it already, or by the gateway that takes over.
-    pub(crate) fn confirm(
+    pub(crate) fn confirm(&mut self, slot: Slot, g: Generation, key: Key, holder: Holder) -> bool {
+        let lease = self.lease(slot).filter(|l| l.key == key);
+        let lease = lease.filter(|_| self.generation(slot) == g);
+        if lease.is_some() {
+            self.enter(slot, State::Leased(holder), lease);
+        }
+        lease.is_some()
+    }
+
+    /// The holder ends its lease: the session may come back until then, or the slot is to be cleaned.
+    pub(crate) fn end(
         &mut self,
         slot: Slot,
-        generation: Generation,
-        key: Key,
+        g: Generation,
         holder: Holder,
+        until: Option<Instant>,
     ) -> bool {
-        match (
-            self.slots.get(slot as usize).map(|e| e.generation),
-            self.live_lease(slot),
-        ) {
-            (Some(g), Some(lease)) if g == generation && lease.key == key => {
-                self.enter(slot, State::Leased { lease, holder });
-                true
-            }
-            _ => false,
+        let entry = self.entry(slot);
+        let held = entry.generation == g && entry.state == State::Leased(holder);
+        if held {
+            let state = until.map_or(State::Cleaning, State::Lingering);
+            self.enter(slot, state, entry.lease);
         }
-    }
-
-    fn leased_to(&self, slot: Slot, generation: Generation, holder: Holder) -> Option<LeaseTag> {
-        let entry = self.slots.get(slot as usize)?;
-        match entry.state {
-            State::Leased { lease, holder: h } if entry.generation == generation && h == holder => {
-                Some(lease)
-            }
-            _ => None,
-        }
-    }
-
-    /// The session may come back until then. Without time to, the slot is to be cleaned.
-    pub(crate) fn linger(
-        &mut self,
-        slot: Slot,
-        generation: Generation,
-        holder: Holder,
-        until: Instant,
-    ) -> bool {
-        let Some(lease) = self.leased_to(slot, generation, holder) else {
-            return false;
-        };
-        self.enter(slot, State::Lingering { lease, until });
-        true
-    }
-
-    /// The session is over; the slot is to be cleaned.
-    pub(crate) fn release(&mut self, slot: Slot, generation: Generation, holder: Holder) -> bool {
-        let Some(lease) = self.leased_to(slot, generation, holder) else {
-            return false;
-        };
-        self.enter(slot, State::Cleaning { lease: Some(lease) });
-        true
+        held
     }
 
     /// A gateway is gone: all it held lingers.
     pub(crate) fn holder_gone(&mut self, holder: Holder, until: Instant) {
         for slot in 0..self.len() {
-            if let State::Leased { lease, holder: h } = self.slots[slot as usize].state
-                && h == holder
-            {
-                self.enter(slot, State::Lingering { lease, until });
+            let entry = self.entry(slot);
+            if entry.state == State::Leased(holder) {
+                self.enter(slot, State::Lingering(until), entry.lease);
             }
         }
     }
 
-    /// When the next lingering lease ends.
-    pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.slots
-            .iter()
-            .filter_map(|e| match e.state {
-                State::Lingering { until, .. } => Some(until),
-                _ => None,
-            })
-            .min()
-    }
-
-    /// Ends the leases whose time is over and returns them, to be cleaned.
-    pub(crate) fn expire(&mut self, now: Instant) -> Vec<Live> {
-        if self.counts.lingering == 0 {
-            return Vec::new();
-        }
-        let over: Vec<Live> = self
-            .live()
-            .filter(|l| matches!(self.slots[l.slot as usize].state, State::Lingering { until, .. } if until <= now))
-            .collect();
-        for l in &over {
-            self.enter(
-                l.slot,
-                State::Cleaning {
-                    lease: Some(l.lease),
-                },
-            );
-        }
-        over
-    }
-
-    /// The device vanished or was changed. Returns the lease's generation and holder, if it had one,
-    /// and whether the slot was not being cleaned already.
-    pub(crate) fn lost(&mut self, slot: Slot) -> (Option<(Generation, Holder)>, bool) {
-        let Some(entry) = self.slots.get(slot as usize) else {
-            return (None, false);
-        };
-        let (told, lease) = match entry.state {
-            State::Cleaning { .. } => return (None, false),
-            State::Leased { lease, holder } => (Some((entry.generation, holder)), Some(lease)),
-            State::Lingering { lease, .. } => (None, Some(lease)),
-            State::Free => {
-                self.free.retain(|&s| s != slot);
-                (None, None)
-            }
-        };
-        self.enter(slot, State::Cleaning { lease });
-        (told, true)
-    }
-
-    /// What the slots to be cleaned after a restart had been leased as.
-    pub(crate) fn cleaning(&self) -> impl Iterator<Item = (Slot, Option<LeaseTag>)> + '_ {
-        (0..).zip(&self.slots).filter_map(|(s, e)| match e.state {
-            State::Cleaning { lease } => Some((s, lease)),
+    /// Every lingering slot, and until when.
+    fn lingering(&self) -> impl Iterator<Item = (Slot, Instant)> {
+        self.entries().filter_map(|(slot, e)| match e.state {
+            State::Lingering(until) => Some((slot, until)),
             _ => None,
         })
     }
 
+    /// When the next lingering lease ends.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.lingering().map(|l| l.1).min()
+    }
+
+    /// Ends the leases whose time is over and returns their slots, to be cleaned.
+    pub(crate) fn expire(&mut self, now: Instant) -> Vec<Slot> {
+        let over = self.lingering().filter(|l| l.1 <= now);
+        let over: Vec<Slot> = over.map(|l| l.0).collect();
+        for &slot in &over {
+            self.enter(slot, State::Cleaning, self.lease(slot));
+        }
+        over
+    }
+
+    /// The device vanished or was changed. False when the slot was being cleaned already;
+    /// else also the lease's generation and holder, if it has them.
+    pub(crate) fn lost(&mut self, slot: Slot) -> (Option<(Generation, Holder)>, bool) {
+        let entry = self.entry(slot);
+        let told = match entry.state {
+            State::Cleaning => return (None, false),
+            State::Leased(holder) => Some((entry.generation, holder)),
+            _ => None,
+        };
+        self.enter(slot, State::Cleaning, entry.lease);
+        (told, true)
+    }
+
     /// The slot is proven clean, on this device.
     pub(crate) fn cleaned(&mut self, slot: Slot, index: u32) {
-        if let Some(entry) = self.slots.get_mut(slot as usize)
-            && matches!(entry.state, State::Cleaning { .. })
-        {
+        let entry = self.slots.get_mut(slot as usize);
+        if let Some(entry) = entry.filter(|e| e.state == State::Cleaning) {
             entry.index = index;
-            self.enter(slot, State::Free);
+            self.enter(slot, State::Free, None);
         }
     }
 
-    /// A held device was made again for its lease.
+    /// The slot's device was made, or made again.
     pub(crate) fn set_index(&mut self, slot: Slot, index: u32) {
         self.slots[slot as usize].index = index;
     }
 
     /// Slots to add now, so that demand never waits for creation.
     pub(crate) fn wanted(&self, grow: u32, max: u32) -> u32 {
-        let low = self.counts.free < grow.div_ceil(2);
-        if low {
-            grow.min(max.saturating_sub(self.len()))
+        let room = grow.min(max.saturating_sub(self.len()));
+        if self.counts.free < grow.div_ceil(2) {
+            room
         } else {
             0
         }
     }
 }
 
-/// A lease as a tag.
-pub(crate) fn lease(key: Key, kind: Kind, class: Class) -> LeaseTag {
-    LeaseTag { key, kind, class }
-}
-
-/// How long a holder has to let go of a lease another session has acquired.
-pub(crate) const LET_GO: Duration = Duration::from_millis(200);
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rvpn_ipc::Kind;
 
     fn key(n: u8) -> Key {
         Key([n; 16])
     }
 
     fn packets(n: u8) -> LeaseTag {
-        lease(key(n), Kind::Packets, 0)
+        LeaseTag::new(key(n), Kind::Packets, 0)
     }
 
     fn pool(n: u32) -> Pool {
@@ -396,21 +343,14 @@ mod tests {
         let mut p = pool(2);
         assert_eq!(p.find(key(1)), Acquired::Fresh(0));
         let g = p.grant(0, packets(1), 7);
-        assert!(matches!(
-            p.find(key(1)),
-            Acquired::Held {
-                slot: 0,
-                holder: 7,
-                ..
-            }
-        ));
-        assert!(!p.linger(0, g, 8, now), "another connection");
-        assert!(!p.linger(0, g + 1, 7, now), "another generation");
-        assert!(p.linger(0, g, 7, now + LET_GO));
-        assert!(!p.release(0, g, 7), "twice");
+        assert_eq!(p.find(key(1)), Acquired::Held(0, g, 7));
+        assert!(!p.end(0, g, 8, Some(now)), "another connection");
+        assert!(!p.end(0, g + 1, 7, Some(now)), "another generation");
+        assert!(p.end(0, g, 7, Some(now + LET_GO)));
+        assert!(!p.end(0, g, 7, None), "twice");
         assert_eq!(p.find(key(1)), Acquired::Resumed(0));
         assert_eq!(p.grant(0, packets(1), 9), g + 1);
-        assert!(p.release(0, g + 1, 9));
+        assert!(p.end(0, g + 1, 9, None));
         assert_eq!(
             p.counts(),
             Counts {
@@ -499,7 +439,10 @@ mod tests {
         assert!(!p.confirm(0, 5, key(2), 1));
         assert!(p.confirm(0, 5, key(1), 1));
         assert!(p.confirm(0, 5, key(1), 2), "a successor takes it over");
-        assert!(!p.linger(0, 5, 1, now), "and its predecessor has lost it");
+        assert!(
+            !p.end(0, 5, 1, Some(now)),
+            "and its predecessor has lost it"
+        );
     }
 
     #[test]
@@ -533,23 +476,18 @@ mod tests {
             match next(8) {
                 0 | 1 => {
                     let k = packets(u8::try_from(next(9) + 1).unwrap());
-                    if let Acquired::Fresh(s)
-                    | Acquired::Resumed(s)
-                    | Acquired::Held { slot: s, .. } = p.find(k.key)
+                    if let Acquired::Fresh(s) | Acquired::Resumed(s) | Acquired::Held(s, ..) =
+                        p.find(k.key)
                     {
                         held.push((s, p.grant(s, k, holder), holder));
                     }
                 }
-                2 => drop(p.release(slot, generation, holder)),
-                3 => drop(p.linger(slot, generation, holder, now + LET_GO)),
+                2 => drop(p.end(slot, generation, holder, None)),
+                3 => drop(p.end(slot, generation, holder, Some(now + LET_GO))),
                 4 if !held.is_empty() => {
                     let (s, g, h) =
                         held.swap_remove(usize::try_from(next(held.len() as u64)).unwrap());
-                    if next(2) == 0 {
-                        p.release(s, g, h)
-                    } else {
-                        p.linger(s, g, h, now)
-                    };
+                    p.end(s, g, h, (next(2) == 0).then_some(now));
                 }
                 5 => p.holder_gone(holder, now + LET_GO),
                 6 => drop(p.lost(slot)),

@@ -5,24 +5,24 @@ mod leases;
 mod peers;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use rvpn_ipc::{Reply, Status};
+use nix::sys::socket::SockProtocol::{NetlinkNetFilter, NetlinkRoute};
+use rvpn_ipc::{Reply, Slot, Status};
 
 use crate::apply::{self, Survey};
 use crate::cleaner::{Cleaner, Done, Job};
 use crate::config::Config;
-use crate::confine;
+use crate::confine::{self, landlock};
 use crate::kernel::netlink::Socket;
-use crate::kernel::ruleset::Element;
 use crate::kernel::{Kernel, host, tun};
 use crate::notify::Notify;
-use crate::plan::{LeaseTag, Tag};
+use crate::plan::Tag;
 use crate::pool::Pool;
 
 /// The table is compared this often, whatever the notifications say.
@@ -35,7 +35,7 @@ const RETRY: Duration = Duration::from_secs(1);
 const PENDING_TICK: Duration = Duration::from_millis(5);
 
 /// Everything the loop owns.
-pub(crate) struct Server {
+struct Server {
     config: Arc<Config>,
     kernel: Kernel,
     pool: Pool,
@@ -52,52 +52,33 @@ pub(crate) struct Server {
     growing: bool,
     next_verify: Instant,
     next_watchdog: Instant,
-    /// Jobs to hand to the cleaner again, and when.
-    retries: Vec<(Instant, Job)>,
+    /// What to try again and when: to clean a slot, or to grow.
+    retries: Vec<(Instant, Option<Slot>)>,
     doubts: events::Doubts,
 }
 
-fn element(slot: u32, index: u32, l: LeaseTag) -> Element {
-    Element {
-        slot,
-        index,
-        class: l.class,
-        streams: l.kind.has_streams(),
-    }
-}
-
 /// Builds the pool from what is there and what is missing, confines the process, and serves.
-pub(crate) fn run(config: Config, listener: OwnedFd, notify: Notify) -> io::Result<()> {
-    let config = Arc::new(config);
-    let mut mask = SigSet::empty();
-    mask.add(Signal::SIGTERM);
-    mask.add(Signal::SIGINT);
+pub(crate) fn run(config: Arc<Config>, listener: OwnedFd, notify: Notify) -> io::Result<()> {
+    let mask = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-    let mut kernel = Kernel::open()?;
-    let links = Socket::open(libc::NETLINK_ROUTE, events::LINK_GROUPS)?;
-    let tables = Socket::open(libc::NETLINK_NETFILTER, events::TABLE_GROUPS)?;
-    let uplinks = host::uplinks(&mut kernel, &config)?;
+    let mut kernel = Kernel::open(&config)?;
+    let links = Socket::open(NetlinkRoute, events::LINK_GROUPS)?;
+    let tables = Socket::open(NetlinkNetFilter, events::TABLE_GROUPS)?;
+    let uplinks = host::uplinks(&mut kernel)?;
     if uplinks.is_empty() {
-        say!(
-            4,
-            "no uplink: there is no default route; clients reach nothing until there is one"
-        );
+        say!(warning: "no uplink: there is no default route; clients reach nothing until then");
     }
-    let (pool, rules) = adopt(&mut kernel, &config, &uplinks)?;
-    let landlocked = confine::landlock::confine(&[
-        (tun::DEVICE.as_ref(), confine::landlock::CHANGE),
-        ("/proc/sys/net".as_ref(), confine::landlock::CHANGE),
-        ("/proc".as_ref(), confine::landlock::READ),
-        (&config.state, confine::landlock::KEEP),
-    ])?;
-    if !landlocked {
-        say!(
-            4,
-            "this kernel has no Landlock: files are guarded by ownership alone"
-        );
+    let (pool, rules) = adopt(&mut kernel, &uplinks)?;
+    if !landlock::confine(&[
+        (tun::DEVICE.as_ref(), landlock::CHANGE),
+        ("/proc/sys/net".as_ref(), landlock::CHANGE),
+        ("/proc".as_ref(), landlock::READ),
+        (&config.state, landlock::KEEP),
+    ])? {
+        say!(warning: "this kernel has no Landlock: files are guarded by ownership alone");
     }
-    let cleaner = Cleaner::start(Arc::clone(&config))?;
+    let cleaner = Cleaner::start(&config)?;
     confine::seccomp::apply()?;
     confine::prove()?;
     let now = Instant::now();
@@ -112,7 +93,7 @@ pub(crate) fn run(config: Config, listener: OwnedFd, notify: Notify) -> io::Resu
         tables,
         uplinks,
         rules,
-        peers: peers::Peers::new(config.gateway_uid),
+        peers: peers::Peers::new(config.gateway.uid),
         config,
         pending: Vec::new(),
         growing: false,
@@ -121,74 +102,51 @@ pub(crate) fn run(config: Config, listener: OwnedFd, notify: Notify) -> io::Resu
         retries: Vec::new(),
         doubts: events::Doubts::default(),
     };
-    server.clean_doubtful()?;
+    for slot in server.pool.cleaning() {
+        server.clean(slot)?;
+    }
     server.start_watching();
-    let c = server.pool.counts();
-    say!(
-        5,
-        "serving {} slots on {}: {} free, {} with a lease from before, {} being cleaned",
-        server.pool.len(),
-        server.config.socket.display(),
-        c.free,
-        c.lingering,
-        c.cleaning
-    );
+    let (c, slots) = (server.pool.counts(), server.pool.len());
+    let (path, old) = (server.config.socket.display(), c.lingering);
+    let counts = format!("{} free, {old} with a lease from before", c.free);
+    say!(notice: "serving {slots} slots on {path}: {counts}, {} being cleaned", c.cleaning);
     server.notify.say("READY=1\nSTATUS=serving");
     server.serve()
 }
 
 /// Takes over devices of ours, makes the missing ones, and installs the rules with live leases in them.
-pub(crate) fn adopt(k: &mut Kernel, config: &Config, uplinks: &[u32]) -> io::Result<(Pool, usize)> {
-    let Survey { ours, foreign } = apply::survey(k, config)?;
+pub(crate) fn adopt(k: &mut Kernel, uplinks: &[u32]) -> io::Result<(Pool, usize)> {
+    let Survey { ours, foreign, .. } = apply::survey(k)?;
     if let Some(name) = foreign.first() {
         return Err(apply::foreign(name));
     }
-    let until = Instant::now() + config.linger.max(CLAIM);
-    let mut pool = Pool::default();
-    let mut missing = Vec::new();
+    let until = Instant::now() + k.config.linger.max(CLAIM);
+    let (mut pool, mut missing) = (Pool::default(), Vec::new());
     let last = ours.last().map_or(0, |d| d.slot + 1);
     let mut found = ours.into_iter().peekable();
     // Slots are numbered without gaps: a device that went missing among others is made again.
-    for slot in 0..last.max(config.slots) {
-        match found.next_if(|d| d.slot == slot) {
-            Some(d) => drop(pool.add(d.index, d.tag, d.sound, until)),
-            None => {
-                missing.push((slot, Tag::NEW));
-                pool.add(0, Tag::NEW, true, until);
-            }
+    for slot in 0..last.max(k.config.slots) {
+        if let Some(d) = found.next_if(|d| d.slot == slot) {
+            pool.add(d.index, d.tag, d.sound, until);
+        } else {
+            missing.push((slot, Tag::NEW));
+            pool.add(0, Tag::NEW, true, until);
         }
     }
-    let live: Vec<Element> = pool
-        .live()
-        .map(|l| element(l.slot, l.index, l.lease))
-        .collect();
-    let rules = apply::base(k, config, uplinks, &live)?;
-    for (slot, index) in apply::create_tagged(k, config, &missing)? {
+    let rules = apply::base(k, uplinks, &pool.live())?;
+    for (slot, index) in apply::create(k, &missing)? {
         pool.set_index(slot, index);
     }
     Ok((pool, rules))
 }
 
 impl Server {
-    /// Hands every slot whose device or lease is in doubt to the cleaner.
-    fn clean_doubtful(&mut self) -> io::Result<()> {
-        let doubtful: Vec<_> = self.pool.cleaning().collect();
-        doubtful
-            .into_iter()
-            .try_for_each(|(slot, lease)| self.clean(slot, lease))
-    }
-
-    fn job(&self, slot: u32, lease: Option<LeaseTag>) -> Job {
-        Job::Clean {
-            slot,
-            index: self.pool.index(slot),
-            generation: self.pool.tag(slot).generation,
-            lease,
-        }
-    }
-
-    fn clean(&mut self, slot: u32, lease: Option<LeaseTag>) -> io::Result<()> {
-        self.cleaner.submit(self.job(slot, lease))
+    /// Hands a slot the pool has for cleaning to the cleaner.
+    fn clean(&mut self, slot: Slot) -> io::Result<()> {
+        let (index, generation) = (self.pool.index(slot), self.pool.generation(slot));
+        let former = self.pool.former(slot);
+        let job = Job::Clean(slot, index, generation, former);
+        self.cleaner.submit(job)
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -200,7 +158,7 @@ impl Server {
                 return self.stop();
             }
             if ready[1] {
-                self.cleaner_reports()?;
+                self.cleaner_reports();
             }
             if ready[2] {
                 self.read_links();
@@ -217,7 +175,7 @@ impl Server {
     }
 
     /// Waits for the next thing to do; true where something is to be read or written.
-    fn wait(&mut self, now: Instant) -> io::Result<Vec<bool>> {
+    fn wait(&self, now: Instant) -> io::Result<Vec<bool>> {
         let deadlines = [
             self.pool.next_deadline(),
             self.peers.next_deadline(),
@@ -225,26 +183,20 @@ impl Server {
             self.retries.iter().map(|r| r.0).min(),
             self.doubts.next_deadline(),
             self.notify.watchdog.map(|_| self.next_watchdog),
-            Some(self.next_verify),
         ];
-        let next = deadlines
-            .into_iter()
-            .flatten()
-            .min()
-            .unwrap_or(now + VERIFY);
+        let deadlines = deadlines.into_iter().flatten();
+        let next = deadlines.fold(self.next_verify, Instant::min);
         // One millisecond late rather than a turn too early.
         let wait = next.saturating_duration_since(now) + Duration::from_millis(1);
         let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
-        fn input(fd: BorrowedFd<'_>) -> PollFd<'_> {
-            PollFd::new(fd, PollFlags::POLLIN)
-        }
-        let mut fds = vec![
-            input(self.signals.as_fd()),
-            input(self.cleaner.wake()),
-            input(self.links.fd.as_fd()),
-            input(self.tables.fd.as_fd()),
-            input(self.listener.as_fd()),
+        let inputs = [
+            self.signals.as_fd(),
+            self.cleaner.wake.as_fd(),
+            self.links.fd.as_fd(),
+            self.tables.fd.as_fd(),
+            self.listener.as_fd(),
         ];
+        let mut fds = inputs.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).to_vec();
         self.peers.poll_fds(&mut fds);
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::Error::EINTR) => {}
@@ -254,28 +206,26 @@ impl Server {
     }
 
     fn timers(&mut self, now: Instant) -> io::Result<()> {
-        for l in self.pool.expire(now) {
-            self.clean(l.slot, Some(l.lease))?;
+        for slot in self.pool.expire(now) {
+            self.clean(slot)?;
         }
         self.retry_pending(now)?;
         self.peers.expire(now);
         self.bury_peers();
-        let due: Vec<Job> = self
-            .retries
-            .extract_if(.., |r| r.0 <= now)
-            .map(|r| r.1)
-            .collect();
-        for job in due {
-            self.cleaner.submit(job)?;
+        let due: Vec<_> = self.retries.extract_if(.., |r| r.0 <= now).collect();
+        for (_, what) in due {
+            match what {
+                Some(slot) => self.clean(slot)?,
+                None => self.growing = false,
+            }
         }
         if now >= self.next_verify {
             self.next_verify = now + VERIFY;
             self.doubts.rules = true;
             self.settle_doubts();
         }
-        if let Some(interval) = self.notify.watchdog
-            && now >= self.next_watchdog
-        {
+        let watchdog = self.notify.watchdog.filter(|_| now >= self.next_watchdog);
+        if let Some(interval) = watchdog {
             self.next_watchdog = now + interval;
             self.notify.say("WATCHDOG=1");
         }
@@ -288,46 +238,36 @@ impl Server {
         Ok(())
     }
 
-    fn cleaner_reports(&mut self) -> io::Result<()> {
-        self.cleaner.woken();
-        let reports: Vec<Done> = self.cleaner.done.try_iter().collect();
-        for report in reports {
+    fn cleaner_reports(&mut self) {
+        let _ = self.cleaner.wake.read();
+        while let Ok(report) = self.cleaner.done.try_recv() {
+            let now = Instant::now();
             match report {
-                Done::Cleaned { slot, index } => self.pool.cleaned(slot, index),
-                Done::Grown { made, error } => {
-                    self.growing = false;
-                    for (_, index) in made {
-                        self.pool.add(index, Tag::NEW, true, Instant::now());
-                    }
-                    if let Some(e) = error {
-                        say!(
-                            3,
-                            "the pool cannot grow beyond {} slots: {e}",
-                            self.pool.len()
-                        );
-                        // Try again when time has passed, not at every turn.
-                        self.growing = true;
-                        let from = self.pool.len();
-                        let job = Job::Grow(from, from + 1);
-                        self.retries.push((Instant::now() + 30 * RETRY, job));
-                    }
+                Done::Cleaned(slot, Ok(index)) => self.pool.cleaned(slot, index),
+                Done::Cleaned(slot, Err(e)) => {
+                    say!(error: "slot {slot} stays out of use, trying again: {e}");
+                    self.retries.push((now + RETRY, Some(slot)));
                 }
-                Done::NotCleaned { slot, error } => {
-                    say!(3, "slot {slot} stays out of use, trying again: {error}");
-                    let lease = self.pool.cleaning().find(|c| c.0 == slot).and_then(|c| c.1);
-                    let job = self.job(slot, lease);
-                    self.retries.push((Instant::now() + RETRY, job));
+                Done::Grown(made, result) => {
+                    for index in made {
+                        self.pool.add(index, Tag::NEW, true, now);
+                    }
+                    self.growing = result.is_err();
+                    if let Err(e) = result {
+                        say!(error: "the pool cannot grow beyond {} slots: {e}", self.pool.len());
+                        // Try again when time has passed, not at every turn.
+                        self.retries.push((now + 30 * RETRY, None));
+                    }
                 }
             }
         }
-        Ok(())
     }
 
     /// Leaves devices, leases and rules for the next start.
     fn stop(&mut self) -> io::Result<()> {
         self.notify.say("STOPPING=1");
         self.peers.tell_all(&Reply::notice(Status::Closing, 0, 0));
-        say!(5, "stopped; devices and leases stay for the next start");
+        say!(notice: "stopped; devices and leases stay for the next start");
         Ok(())
     }
 }

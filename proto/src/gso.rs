@@ -9,7 +9,7 @@ mod split;
 mod trim;
 mod virtio;
 
-pub use self::coalesce::{Coalesced, Coalescer, Offer};
+pub use self::coalesce::{Coalesced, Coalescer, Joins, Offer};
 pub use self::split::Segments;
 pub use self::trim::trim;
 pub use self::virtio::{VIRTIO_LEN, VirtioHeader};
@@ -22,9 +22,14 @@ use crate::validate::{DropReason, pseudo_sum};
 /// Meters count these: whether a kernel merged them is luck.
 #[must_use]
 pub fn size(parsed: &Parsed, offload: Offload) -> (u64, u64) {
-    let count = segment_count(parsed, offload);
-    let headers = parsed.header_len() * (count - 1);
-    (count as u64, (parsed.len() + headers) as u64)
+    size_of(parsed.len(), parsed.header_len(), offload)
+}
+
+/// The same for a packet of which only the lengths are known.
+#[must_use]
+pub fn size_of(len: usize, header_len: usize, offload: Offload) -> (u64, u64) {
+    let count = segments_in(len.saturating_sub(header_len), offload);
+    (count as u64, (len + header_len * (count - 1)) as u64)
 }
 
 /// Finishes a partial checksum in place. Does nothing to a packet that has none to finish.
@@ -75,11 +80,12 @@ fn complete(packet: &mut [u8], parsed: &Parsed) -> Result<(), DropReason> {
 }
 
 fn segment_count(parsed: &Parsed, offload: Offload) -> usize {
+    segments_in(parsed.payload_len(), offload)
+}
+
+fn segments_in(payload: usize, offload: Offload) -> usize {
     if offload.gso_type == gso_type::NONE || offload.gso_size == 0 {
         return 1;
     }
-    parsed
-        .payload_len()
-        .div_ceil(offload.gso_size.into())
-        .max(1)
+    payload.div_ceil(offload.gso_size.into()).max(1)
 }

@@ -9,10 +9,12 @@
 //! that quotes a packet of somebody else is dropped, because it is how a
 //! neighbour's connection would be attacked.
 
+mod own;
 mod sources;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+pub use self::own::OwnAddresses;
 pub use self::sources::SourceNat;
 use crate::checksum::Delta;
 use crate::packet::{
@@ -132,36 +134,52 @@ struct Change<const N: usize> {
 
 impl<const N: usize> Change<N> {
     fn outbound(&self, packet: &mut [u8], parsed: &Parsed, sum: Sum) -> Result<(), DropReason> {
+        self.check_hairpin(packet, parsed)?;
+        self.apply(packet, parsed, sum)
+    }
+
+    fn check_outbound(&self, packet: &[u8], parsed: &Parsed) -> Result<(), DropReason> {
+        self.check_hairpin(packet, parsed)?;
+        self.check(packet, parsed).map(drop)
+    }
+
+    fn check_hairpin(&self, packet: &[u8], parsed: &Parsed) -> Result<(), DropReason> {
         let to: [u8; N] =
             array(packet, Side::Destination.at(parsed.version())).ok_or(DropReason::Truncated)?;
         // The TUN would send it straight back.
         if to == self.new || to == self.old {
             return Err(DropReason::Hairpin);
         }
-        self.apply(packet, parsed, sum)
+        Ok(())
     }
 
-    /// Changes everything or, where it refuses, nothing.
-    fn apply(&self, packet: &mut [u8], parsed: &Parsed, sum: Sum) -> Result<(), DropReason> {
-        // What trails is nobody's, so it is neither read nor changed.
-        let end = packet.len().min(parsed.len());
-        let packet = &mut packet[..end];
-        let at = self.side.at(parsed.version());
-        if array(packet, at) != Some(self.old) {
+    /// Whether it is the client's packet and, if an error, about one of its own:
+    /// what it quotes then.
+    fn check(&self, packet: &[u8], parsed: &Parsed) -> Result<Option<Quoted>, DropReason> {
+        // What trails is nobody's, so it is not read.
+        let packet = &packet[..packet.len().min(parsed.len())];
+        if array(packet, self.side.at(parsed.version())) != Some(self.old) {
             return Err(match self.side {
                 Side::Source => DropReason::Spoofed,
                 Side::Destination => DropReason::Recipient,
             });
         }
-        let quoted = match parsed.transport() {
-            Transport::Icmp(Icmp { error: true, .. }) => Some(self.quoted(packet, parsed)?),
+        match parsed.transport() {
+            Transport::Icmp(Icmp { error: true, .. }) => self.quoted(packet, parsed).map(Some),
             Transport::Icmp(_)
             | Transport::Tcp { .. }
             | Transport::Udp { .. }
             | Transport::Later
-            | Transport::Other => None,
-        };
-        put(packet, at, self.new);
+            | Transport::Other => Ok(None),
+        }
+    }
+
+    /// Changes everything or, where it refuses, nothing.
+    fn apply(&self, packet: &mut [u8], parsed: &Parsed, sum: Sum) -> Result<(), DropReason> {
+        let quoted = self.check(packet, parsed)?;
+        let end = packet.len().min(parsed.len());
+        let packet = &mut packet[..end];
+        put(packet, self.side.at(parsed.version()), self.new);
         if parsed.version() == Version::V4 {
             update(packet, 10, |check| self.delta.update(check));
         }

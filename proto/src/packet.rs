@@ -51,6 +51,8 @@ pub mod tcp_flag {
 pub(crate) const V4_HEADER: usize = 20;
 pub(crate) const V6_HEADER: usize = 40;
 pub(crate) const TCP_HEADER: usize = 20;
+/// With all the options there is room for.
+pub(crate) const TCP_HEADER_MOST: usize = 60;
 pub(crate) const UDP_HEADER: usize = 8;
 const ICMP_HEADER: usize = 8;
 const FRAGMENT_HEADER: usize = 8;
@@ -172,7 +174,12 @@ pub fn parse(packet: &[u8]) -> Result<Parsed, DropReason> {
         Some(_) => return Err(DropReason::Version),
         None => return Err(DropReason::Empty),
     };
-    parse_transport(ip, packet)
+    // Behind options, which nobody may use, what is no transport header is no wonder.
+    parse_transport(ip, packet).map_err(|reason| match (ip.options, ip.version) {
+        (false, _) => reason,
+        (true, Version::V4) => DropReason::Options,
+        (true, Version::V6) => DropReason::Extension,
+    })
 }
 
 impl Parsed {

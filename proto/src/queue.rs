@@ -26,6 +26,7 @@ mod store;
 
 use self::codel::{Codel, Verdict};
 use self::store::{NONE, Store, Waiting, blocks};
+use crate::gso::size_of;
 use crate::record::{MAX_PACKET, Offload};
 
 /// Buckets of a queue. Two flows share one now and then, for one key.
@@ -67,8 +68,16 @@ impl Default for Settings {
 pub struct Meta {
     /// What is left to do for it.
     pub offload: Offload,
-    /// Bytes of all headers, IP and transport. Used for TCP super-packets only.
+    /// Bytes of all headers, IP and transport. Used for super-packets only.
     pub header_len: u16,
+}
+
+impl Meta {
+    /// A packet of this length in all three units.
+    fn weight(self, len: usize) -> (usize, u64) {
+        let (segments, _) = size_of(len, self.header_len.into(), self.offload);
+        (len, segments)
+    }
 }
 
 /// The packet that goes next.
@@ -95,18 +104,22 @@ impl Next {
 pub struct Tally {
     /// How many.
     pub packets: u64,
-    /// How long together.
+    /// How many they are where the segments of a super-packet count singly.
+    pub segments: u64,
+    /// How long together, as they lie here.
     pub bytes: u64,
 }
 
 impl Tally {
-    fn add(&mut self, bytes: usize) {
+    fn add(&mut self, (bytes, segments): (usize, u64)) {
         self.packets += 1;
+        self.segments += segments;
         self.bytes += bytes as u64;
     }
 
-    fn sub(&mut self, bytes: usize) {
+    fn sub(&mut self, (bytes, segments): (usize, u64)) {
         self.packets -= 1;
+        self.segments -= segments;
         self.bytes -= bytes as u64;
     }
 }
@@ -198,7 +211,7 @@ impl Queue {
     /// Takes a packet in, if it is one; others may go for it.
     pub fn push(&mut self, packet: &[u8], meta: Meta, now: u64) -> bool {
         if !(1..=MAX_PACKET).contains(&packet.len()) {
-            self.stats.refused.add(packet.len());
+            self.stats.refused.add(meta.weight(packet.len()));
             return false;
         }
         if self.flows.is_empty() {
@@ -206,7 +219,7 @@ impl Queue {
         }
         while self.store.available() < blocks(packet.len()) {
             if !self.drop_from_longest() {
-                self.stats.refused.add(packet.len());
+                self.stats.refused.add(meta.weight(packet.len()));
                 return false;
             }
         }
@@ -226,8 +239,8 @@ impl Queue {
             flow.deficit = self.settings.quantum.into();
             self.fresh.push(&mut self.flows, bucket.into());
         }
-        self.stats.accepted.add(packet.len());
-        self.stats.queued.add(packet.len());
+        self.stats.accepted.add(meta.weight(packet.len()));
+        self.stats.queued.add(meta.weight(packet.len()));
         true
     }
 
@@ -257,12 +270,29 @@ impl Queue {
             cut: waiting.cut,
         };
         self.store.copy(slot, out.get_mut(..next.len)?);
+        self.let_go(slot, &waiting);
+        Some(next)
+    }
+
+    /// Lets the packet that [`Queue::next`] chose go unread, for those that have
+    /// no use for it. It counts as delivered.
+    pub fn skip(&mut self) -> Option<Next> {
+        let slot = self.next?;
+        let waiting = *self.store.waiting(slot);
+        self.let_go(slot, &waiting);
+        Some(Next {
+            len: waiting.len.into(),
+            meta: waiting.meta,
+            cut: waiting.cut,
+        })
+    }
+
+    fn let_go(&mut self, slot: u32, waiting: &Waiting) {
         self.store.free(slot);
         self.next = None;
-        let remaining = waiting.remaining();
-        self.stats.queued.sub(remaining);
-        self.stats.delivered.add(remaining);
-        Some(next)
+        let weight = waiting.weight();
+        self.stats.queued.sub(weight);
+        self.stats.delivered.add(weight);
     }
 
     /// Whether nothing waits.
@@ -366,14 +396,15 @@ impl Queue {
                     waiting.cut += 1;
                     flow.bytes -= u32::from(segment);
                     self.stats.queued.bytes -= u64::from(segment);
-                    self.stats.trimmed.add(segment.into());
+                    self.stats.queued.segments -= 1;
+                    self.stats.trimmed.add((segment.into(), 1));
                 }
                 Verdict::Drop => {
-                    let bytes = waiting.remaining();
+                    let weight = waiting.weight();
                     flow.detach(waiting);
                     self.store.free(slot);
-                    self.stats.queued.sub(bytes);
-                    self.stats.late.add(bytes);
+                    self.stats.queued.sub(weight);
+                    self.stats.late.add(weight);
                 }
             }
         }
@@ -388,11 +419,11 @@ impl Queue {
         }
         let slot = flow.head;
         let waiting = self.store.waiting(slot);
-        let bytes = waiting.remaining();
+        let weight = waiting.weight();
         flow.detach(waiting);
         self.store.free(slot);
-        self.stats.queued.sub(bytes);
-        self.stats.overflow.add(bytes);
+        self.stats.queued.sub(weight);
+        self.stats.overflow.add(weight);
         true
     }
 }

@@ -38,8 +38,8 @@ pub enum Sources {
         /// IPv6.
         v6: Option<Ipv6Addr>,
     },
-    /// Any IPv4 address that a host can have, as in the first dialect, where it
-    /// is replaced; see [`crate::nat::SourceNat`].
+    /// Any IPv4 address whatever, as in the first dialect, where it is replaced;
+    /// see [`crate::nat::SourceNat`]. Its clients even send from loopback addresses.
     AnyV4,
 }
 
@@ -55,7 +55,8 @@ pub struct Limits {
     pub verify: bool,
 }
 
-/// Judges a packet from a client. Fragments have to pass a [`FragmentBudget`] as well.
+/// Judges a packet from a client. Fragments have to pass a [`FragmentBudget`] as
+/// well; whether it speaks to itself is for the translation, which knows both names.
 pub fn outbound(
     packet: &[u8],
     offload: Offload,
@@ -87,6 +88,7 @@ pub fn outbound(
 pub fn inbound(packet: &[u8], offload: Offload, limits: &Limits) -> Result<Parsed, DropReason> {
     let parsed = parse(packet)?;
     let packet = &packet[..parsed.len()];
+    correspondents(&parsed, packet)?;
     headers(&parsed, packet)?;
     transport(&parsed)?;
     fragment(&parsed)?;
@@ -137,11 +139,7 @@ fn addresses(parsed: &Parsed, packet: &[u8], sources: &Sources) -> Result<(), Dr
                 Sources::Own { v4: Some(own), .. } if own.octets() == source => {}
                 Sources::Own { v4: Some(_), .. } => return Err(DropReason::Spoofed),
                 Sources::Own { v4: None, .. } => return Err(DropReason::Family),
-                Sources::AnyV4 if address::is_host_v4(source) => {}
-                Sources::AnyV4 => return Err(DropReason::Spoofed),
-            }
-            if source == destination {
-                return Err(DropReason::Hairpin);
+                Sources::AnyV4 => {}
             }
             if !address::is_host_v4(destination) {
                 return Err(DropReason::Destination);
@@ -155,15 +153,40 @@ fn addresses(parsed: &Parsed, packet: &[u8], sources: &Sources) -> Result<(), Dr
                 Sources::Own { v6: Some(_), .. } => return Err(DropReason::Spoofed),
                 Sources::Own { v6: None, .. } | Sources::AnyV4 => return Err(DropReason::Family),
             }
-            if source == destination {
-                return Err(DropReason::Hairpin);
-            }
             if !address::is_host_v6(destination) {
                 return Err(DropReason::Destination);
             }
         }
     }
     Ok(())
+}
+
+/// Of what the TUN gives: the kernel's own messages to groups are for nobody, and
+/// no answer comes from an address that no question could go to.
+fn correspondents(parsed: &Parsed, packet: &[u8]) -> Result<(), DropReason> {
+    let (source, destination) = (
+        Side::Source.at(parsed.version),
+        Side::Destination.at(parsed.version),
+    );
+    let (group, host) = match parsed.version {
+        Version::V4 => {
+            let [first, ..]: [u8; 4] = array(packet, destination).ok_or(DropReason::Truncated)?;
+            let source = array(packet, source).ok_or(DropReason::Truncated)?;
+            (first >= 224, address::is_host_v4(source))
+        }
+        Version::V6 => {
+            let [first, ..]: [u8; 16] = array(packet, destination).ok_or(DropReason::Truncated)?;
+            let source = array(packet, source).ok_or(DropReason::Truncated)?;
+            (first == 0xff, address::is_host_v6(source))
+        }
+    };
+    if group {
+        Err(DropReason::Recipient)
+    } else if !host {
+        Err(DropReason::Destination)
+    } else {
+        Ok(())
+    }
 }
 
 fn transport(parsed: &Parsed) -> Result<(), DropReason> {

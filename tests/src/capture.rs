@@ -56,6 +56,11 @@ impl Capture {
         self.frames().iter().filter(|f| contains(f, needle)).count()
     }
 
+    /// The tap itself, for who looks at more than can be kept.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     /// Forgets what was seen.
     pub fn clear(&mut self) {
         self.frames();

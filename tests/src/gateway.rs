@@ -2,12 +2,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -31,6 +33,9 @@ pub struct Gateway {
     ns: File,
     pub dir: PathBuf,
     ops: Signer,
+    environment: Vec<(String, String)>,
+    /// The public port, when somebody else holds it.
+    held: Option<TcpListener>,
 }
 
 impl Gateway {
@@ -58,9 +63,30 @@ impl Gateway {
                 .run(|| File::open("/proc/thread-self/ns/net").expect("namespace")),
             dir,
             ops,
+            environment: Vec::new(),
+            held: None,
         };
         gateway.configure(helper, extra);
         gateway
+    }
+
+    /// Holds the public port for it, as a service manager does.
+    pub fn hold_port(&mut self, lab: &Lab) {
+        self.held = Some(lab.gw.tcp("[::]:443"));
+    }
+
+    /// Sets what its program finds in its environment.
+    pub fn environment(&mut self, variables: &[(&str, &str)]) {
+        let owned = variables
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        self.environment = owned.collect();
+    }
+
+    /// Starts one that was prepared.
+    pub fn launch_ready(&mut self) {
+        self.launch();
+        self.until_ready();
     }
 
     /// Writes the configuration anew, for the next start or SIGHUP.
@@ -96,9 +122,24 @@ impl Gateway {
         // Tells the lines of this start from those of the one before.
         let mut marked = log.try_clone().expect("log");
         writeln!(marked, "{MARK}").expect("log");
-        let mut command = Command::new(bin("rvpn-gateway"));
+        let mut command = match &self.held {
+            None => Command::new(bin("rvpn-gateway")),
+            Some(port) => {
+                // The variable must name the program's own process.
+                let mut command = Command::new("/bin/sh");
+                let fd = port.as_raw_fd();
+                fcntl(port, FcntlArg::F_SETFD(FdFlag::empty())).expect("inheritable");
+                let script = format!(
+                    "exec 3<&{fd} {fd}<&-; LISTEN_PID=$$ LISTEN_FDS=1 exec {} \"$@\"",
+                    bin("rvpn-gateway").display()
+                );
+                command.args(["-c", &script, "rvpn-gateway"]);
+                command
+            }
+        };
         command
             .env_clear()
+            .envs(self.environment.iter().cloned())
             .arg("--config")
             .arg(self.dir.join("gateway.toml"))
             .stdin(Stdio::null())

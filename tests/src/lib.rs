@@ -6,6 +6,7 @@
 //! was seen to arrive (a fence).
 
 pub mod attack;
+pub mod bulk;
 pub mod capture;
 pub mod fake_gateway;
 pub mod gateway;
@@ -18,9 +19,12 @@ pub mod packet;
 pub mod probe;
 pub mod raw;
 pub mod read_back;
+pub mod relay;
+pub mod rogue;
 pub mod scene;
 pub mod stage;
 pub mod sums;
+pub mod tcp_watch;
 pub mod token;
 pub mod topology;
 pub mod tunnel_client;

@@ -64,6 +64,15 @@ pub fn is_partial(p: &[u8]) -> bool {
     p[at..at + 2] == sum.to_be_bytes()
 }
 
+/// Leaves the checksum to whoever hands the packet to a network.
+pub fn make_partial(p: &mut [u8]) {
+    let (protocol, l4) = transport(p).expect("a whole packet");
+    let at = l4 + field(protocol).expect("it has one");
+    let whole = summed(p, protocol, l4);
+    let sum = !checksum(&whole[..whole.len() - (p.len() - l4)]);
+    p[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+}
+
 /// Finishes a partial checksum, as whoever hands the packet to a network does.
 pub fn finish(p: &mut [u8]) {
     let (protocol, l4) = transport(p).expect("a whole packet");
@@ -74,6 +83,19 @@ pub fn finish(p: &mut [u8]) {
         sum => sum,
     };
     p[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// Makes the sum of a changed packet right again, or right as far as a partial
+/// one goes. A fragment is left alone.
+pub fn repair(p: &mut [u8], partial: bool) {
+    if transport(p).is_none_or(|(protocol, _)| field(protocol).is_none()) {
+        return;
+    }
+    if partial {
+        make_partial(p);
+    } else {
+        finish(p);
+    }
 }
 
 #[cfg(test)]

@@ -118,6 +118,12 @@ fn go_private() {
     }
 }
 
+/// Puts a file in the place of another, for this test only.
+pub fn bind(file: &std::path::Path, over: &str) {
+    let none = None::<&str>;
+    mount(Some(file), over, none, MsFlags::MS_BIND, none).expect("bind");
+}
+
 impl Default for Lab {
     fn default() -> Lab {
         Lab::new()
@@ -155,14 +161,26 @@ impl Lab {
     pub fn client(&self, name: &'static str, n: u8) -> Ns {
         assert!((10..=99).contains(&n), "below 10 are the lab's own");
         let ns = Ns::new(name);
+        self.plug(&ns, n);
+        ns
+    }
+}
+
+impl Lab {
+    /// Takes a client's cable away, with its addresses and routes.
+    pub fn unplug(&self, client: &Ns) {
+        client.ip("link del wan0");
+    }
+
+    /// Plugs a client in again, as another host.
+    pub fn plug(&self, client: &Ns, n: u8) {
         attach(
             &self.wire,
-            &ns,
+            client,
             &format!("1.1.1.{n}"),
             &format!("2606:4700:4700::{n}"),
         );
-        lead_out(&ns);
-        ns
+        lead_out(client);
     }
 }
 

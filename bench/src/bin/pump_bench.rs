@@ -2,10 +2,11 @@
 //! WebSocket over loopback, the real session, the real helper's device, rules
 //! and translation, and a far end that counts.
 //!
-//! Datagrams are used, in super-packets of 44 segments, because their rate is
-//! the sender's and not a congestion control's. Both ends drop what is too
-//! much, so the figure is what arrived. CPU is that of the data core alone,
-//! kernel work in its own calls included.
+//! Datagrams are used, 44 at a time, because their rate is the sender's and not
+//! a congestion control's. Both ends drop what is too much, so the figure is
+//! what arrived. CPU is that of the data core alone, kernel work in its own
+//! calls included. Each direction is measured for a client that takes and gives
+//! super-packets and for one that knows datagrams only, one in a message.
 //!
 //! Needs root and the binaries built: `cargo build --release --bins`, then
 //! `target/release/pump_bench [seconds]`.
@@ -83,6 +84,7 @@ async fn measure(
     let settings = Settings {
         ticket_life: Duration::from_secs(60),
         dns: Vec::new(),
+        routes: Vec::new(),
     };
     let shared = Shared::new(
         Cores::start(1, false).unwrap(),
@@ -92,26 +94,31 @@ async fn measure(
         settings,
     );
     let (revoke, _) = watch::channel(false);
-    let mut client = connect(&Sessions(Arc::clone(&shared)), &revoke).await;
-    let hello = Control::Hello(Hello {
-        versions: vec![1],
-        name: "pump_bench".to_owned(),
-        instance: "bench".to_owned(),
-        capabilities: vec![OFFLOAD.to_owned()],
-        ..Hello::default()
-    });
-    let text = hello.to_text(Stage::BeforeLogin).unwrap();
-    client.send(Message::text(text)).await.unwrap();
-    client.next().await.unwrap().unwrap();
-
-    println!("direction  Gbit/s  datagrams/s  data core CPU s/GB");
+    println!("client   direction  Gbit/s  datagrams/s  data core CPU s/GB");
     let sink = Arc::new(sink);
     let limit = Duration::from_secs(seconds);
-    let up = upload(&mut client, &sink, limit).await;
-    print("up", &up);
-    let from = up.from.unwrap();
-    let down = download(&mut client, &sink, from, limit).await;
-    print("down", &down);
+    let clients = [
+        ("offload", vec![OFFLOAD.to_owned()], vec![super_datagram()]),
+        ("plain", Vec::new(), datagrams()),
+    ];
+    for (name, capabilities, messages) in clients {
+        let mut client = connect(&Sessions(Arc::clone(&shared)), &revoke).await;
+        let hello = Control::Hello(Hello {
+            versions: vec![1],
+            name: "pump_bench".to_owned(),
+            instance: name.to_owned(),
+            capabilities,
+            ..Hello::default()
+        });
+        let text = hello.to_text(Stage::BeforeLogin).unwrap();
+        client.send(Message::text(text)).await.unwrap();
+        client.next().await.unwrap().unwrap();
+        let up = upload(&mut client, &messages, &sink, limit).await;
+        print(name, "up", &up);
+        let from = up.from.unwrap();
+        let down = download(&mut client, &sink, from, limit).await;
+        print(name, "down", &down);
+    }
 }
 
 struct Result {
@@ -121,10 +128,10 @@ struct Result {
     from: Option<std::net::SocketAddr>,
 }
 
-fn print(name: &str, r: &Result) {
+fn print(client: &str, direction: &str, r: &Result) {
     let seconds = r.elapsed.as_secs_f64();
     println!(
-        "{name:9}  {:6.2}  {:11.0}  {:18.3}",
+        "{client:7}  {direction:9}  {:6.2}  {:11.0}  {:18.3}",
         r.bytes as f64 * 8e-9 / seconds,
         r.bytes as f64 / SEGMENT as f64 / seconds,
         r.cpu / (r.bytes as f64 * 1e-9),
@@ -132,7 +139,16 @@ fn print(name: &str, r: &Result) {
 }
 
 /// Client to the far end.
-async fn upload(client: &mut Client, sink: &Arc<UdpSocket>, limit: Duration) -> Result {
+async fn upload(
+    client: &mut Client,
+    messages: &[Vec<u8>],
+    sink: &Arc<UdpSocket>,
+    limit: Duration,
+) -> Result {
+    // What the client before had under way is not this one's.
+    sink.set_nonblocking(true).unwrap();
+    while sink.recv_from(&mut [0; 1]).is_ok() {}
+    sink.set_nonblocking(false).unwrap();
     let counted = Arc::new(AtomicU64::new(0));
     let stop = Arc::new(AtomicBool::new(false));
     let (seen, first) = mpsc::channel();
@@ -152,10 +168,12 @@ async fn upload(client: &mut Client, sink: &Arc<UdpSocket>, limit: Duration) -> 
             }
         }
     });
-    let message = Bytes::from(super_datagram());
+    let messages: Vec<Bytes> = messages.iter().cloned().map(Bytes::from).collect();
     let (start, cpu) = (Instant::now(), data_cpu());
     while start.elapsed() < limit {
-        client.feed(Message::Binary(message.clone())).await.unwrap();
+        for message in &messages {
+            client.feed(Message::Binary(message.clone())).await.unwrap();
+        }
     }
     client.flush().await.unwrap();
     let elapsed = start.elapsed();
@@ -227,6 +245,19 @@ fn super_datagram() -> Vec<u8> {
     let mut message = Vec::new();
     append(&mut message, &datagram, offload).unwrap();
     message
+}
+
+/// The same payload as a client without offload sends it.
+fn datagrams() -> Vec<Vec<u8>> {
+    let message = |n: usize| {
+        let mut datagram = packet::udp(INNER, 4000, "1.1.1.1", 5353, &[5; SEGMENT]);
+        datagram[4..6].copy_from_slice(&(n as u16).to_be_bytes());
+        packet::fix_header(&mut datagram);
+        let mut message = Vec::new();
+        append(&mut message, &datagram, Offload::NONE).unwrap();
+        message
+    };
+    (0..SEGMENTS).map(message).collect()
 }
 
 /// A TLS and WebSocket connection to a session.

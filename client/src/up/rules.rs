@@ -10,7 +10,7 @@ use rvpn_proto::control::Prefix;
 use crate::fail::{Failure, Outcome};
 
 /// Of the sockets to the gateway.
-pub(super) const MARK: u32 = 0x7276;
+pub(crate) const MARK: u32 = 0x7276;
 /// Where everything else is sent.
 pub(super) const TABLE: u32 = 0x7276;
 /// Where the tunnel's addresses are local.

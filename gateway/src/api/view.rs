@@ -143,6 +143,8 @@ pub(super) struct Summary {
     keys: Vec<KeySummary>,
     legacy: Vec<String>,
     dialects: Vec<DialectSummary>,
+    page: bool,
+    demo: Option<DemoSummary>,
     sandbox: bool,
     limits: LimitSummary,
 }
@@ -159,6 +161,14 @@ struct DialectSummary {
     path: String,
     kind: &'static str,
     access: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct DemoSummary {
+    anonymous: bool,
+    every_seconds: u64,
+    clients: usize,
 }
 
 #[derive(Debug, Serialize)]
@@ -214,6 +224,12 @@ impl Summary {
                 .collect(),
             legacy: config.legacy.iter().map(|l| l.name.to_string()).collect(),
             dialects: dialects.collect(),
+            page: config.page,
+            demo: config.demo.map(|demo| DemoSummary {
+                anonymous: demo.anonymous,
+                every_seconds: demo.every.as_secs(),
+                clients: demo.clients,
+            }),
             sandbox: config.sandbox,
             limits: LimitSummary {
                 max_clients: limits.max_clients,

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rvpn_proto::control;
+use rvpn_proto::control::{self, Prefix};
 use rvpn_proto::dialect::{Dialect as Variant, Noise, Padding};
 
 use super::raw::{self, Raw};
 use super::{
     AdminAddress, Algorithm, CertificateFiles, Config, Dialect, HelperSettings, Key, KeySource,
-    Legacy, Limits, Listener, Log, Mode, Names, Network, Secret, SessionSettings, host_of,
+    Legacy, Limits, Listener, Log, Mode, Names, Network, Secret, SessionSettings, demo, host_of,
 };
 
 /// Where the system keeps the certificates that everybody believes.
@@ -25,7 +25,7 @@ const SECRET_LEN: usize = 32;
 /// Names that end up in tables, logs and links.
 const NAME_LEN: usize = 128;
 
-type Checked<T> = Result<T, String>;
+pub(super) type Checked<T> = Result<T, String>;
 
 pub(super) fn check(
     raw: Raw,
@@ -73,6 +73,7 @@ pub(super) fn check(
         .into_iter()
         .map(|d| dialect(d, &legacy).map(Arc::new))
         .collect::<Checked<Vec<_>>>()?;
+    let demo = demo::check(&raw.demo, &dialects)?;
     let allowed_origins = raw
         .allowed_origins
         .into_iter()
@@ -108,6 +109,8 @@ pub(super) fn check(
         keys,
         legacy,
         dialects,
+        page: matches!(raw.page, raw::Switch::On),
+        demo,
         limits: limits(&raw.limits)?,
         session: session(raw.session)?,
         log: Log {
@@ -463,6 +466,9 @@ fn limits(raw: &raw::Limits) -> Checked<Limits> {
     Ok(limits)
 }
 
+/// What a welcome can hold.
+const ROUTES: usize = 256;
+
 fn session(raw: raw::Session) -> Checked<SessionSettings> {
     let ticket = raw.ticket_seconds.unwrap_or(24 * 3600);
     if !(1..=30 * 24 * 3600).contains(&ticket) {
@@ -472,9 +478,23 @@ fn session(raw: raw::Session) -> Checked<SessionSettings> {
     if cores > 256 {
         return Err("session: cores must be at most 256; 0 is one per CPU".to_owned());
     }
+    let routes = match raw.routes {
+        None => vec![Prefix::ALL_V4, Prefix::ALL_V6],
+        Some(texts) => texts
+            .iter()
+            .map(|t| {
+                t.parse()
+                    .map_err(|e| format!("session: routes: '{t}': {e}"))
+            })
+            .collect::<Checked<Vec<Prefix>>>()?,
+    };
+    if routes.len() > ROUTES {
+        return Err(format!("session: at most {ROUTES} routes are suggested"));
+    }
     Ok(SessionSettings {
         ticket_life: Duration::from_secs(ticket),
         dns: raw.dns,
+        routes,
         cores,
         pin: raw.pin.unwrap_or(false),
     })

@@ -19,6 +19,8 @@ pub(super) struct Raw {
     #[serde(default)]
     pub(super) sandbox: Switch,
     #[serde(default)]
+    pub(super) page: Switch,
+    #[serde(default)]
     pub(super) listener: Vec<Listener>,
     pub(super) tls: Option<Tls>,
     #[serde(default)]
@@ -31,6 +33,8 @@ pub(super) struct Raw {
     pub(super) legacy: Vec<Legacy>,
     #[serde(default)]
     pub(super) dialect: Vec<Dialect>,
+    #[serde(default)]
+    pub(super) demo: Demo,
     #[serde(default)]
     pub(super) limits: Limits,
     #[serde(default)]
@@ -183,10 +187,22 @@ pub(super) struct Limits {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Demo {
+    #[serde(default)]
+    pub(super) echo: bool,
+    #[serde(default)]
+    pub(super) anonymous: bool,
+    pub(super) every_seconds: Option<u64>,
+    pub(super) clients: Option<usize>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct Session {
     pub(super) ticket_seconds: Option<u64>,
     #[serde(default)]
     pub(super) dns: Vec<IpAddr>,
+    pub(super) routes: Option<Vec<String>>,
     pub(super) cores: Option<usize>,
     pub(super) pin: Option<bool>,
 }

@@ -6,14 +6,14 @@ use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::header::{
     CACHE_CONTROL, CONNECTION, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderMap, HeaderName,
-    HeaderValue, RETRY_AFTER, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION,
-    UPGRADE, X_CONTENT_TYPE_OPTIONS,
+    HeaderValue, LOCATION, RETRY_AFTER, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_PROTOCOL,
+    SEC_WEBSOCKET_VERSION, UPGRADE, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::{Response, StatusCode};
-use rvpn_proto::control::SUBPROTOCOL;
 
 use super::Whole;
-use crate::page;
+use crate::config::Demo;
+use crate::page::{self, Part};
 
 /// An answer.
 pub type Answer = Response<Whole>;
@@ -97,7 +97,7 @@ impl Refusal {
 
 /// The WebSocket begins. No extension is ever agreed to: compressing what
 /// others encrypted hides nothing and leaks lengths.
-pub(super) fn switching(accept: &str, native: bool) -> Answer {
+pub(super) fn switching(accept: &str, protocol: Option<&'static str>) -> Answer {
     let mut answer = Response::new(Full::default());
     *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = answer.headers_mut();
@@ -106,16 +106,15 @@ pub(super) fn switching(accept: &str, native: bool) -> Answer {
     if let Ok(accept) = HeaderValue::from_str(accept) {
         headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
     }
-    if native {
-        headers.insert(
-            SEC_WEBSOCKET_PROTOCOL,
-            HeaderValue::from_static(SUBPROTOCOL),
-        );
+    if let Some(protocol) = protocol {
+        let protocol = HeaderValue::from_static(protocol);
+        headers.insert(SEC_WEBSOCKET_PROTOCOL, protocol);
     }
     answer
 }
 
-pub(super) fn page() -> Answer {
+/// The page for everybody.
+pub(super) fn landing() -> Answer {
     let mut answer = whole(
         StatusCode::OK,
         "text/html; charset=utf-8",
@@ -123,6 +122,36 @@ pub(super) fn page() -> Answer {
     );
     let policy = HeaderValue::from_static(page::POLICY);
     answer.headers_mut().insert(CONTENT_SECURITY_POLICY, policy);
+    answer
+}
+
+/// A part of the client page. Only what comes from here may run in it, and
+/// nobody else may look into it.
+pub(super) fn client(part: &Part, demo: Option<&Demo>) -> Answer {
+    let mut answer = whole(StatusCode::OK, part.kind, part.body(demo));
+    let headers = answer.headers_mut();
+    for (name, value) in page::CLIENT_HEADERS {
+        headers.insert(
+            HeaderName::from_static(name),
+            HeaderValue::from_static(value),
+        );
+    }
+    answer
+}
+
+/// Elsewhere on this host.
+pub(super) fn moved(to: &'static str) -> Answer {
+    let mut answer = text(StatusCode::PERMANENT_REDIRECT, "moved");
+    let to = HeaderValue::from_static(to);
+    answer.headers_mut().insert(LOCATION, to);
+    answer
+}
+
+/// Yes, and no more to say.
+pub(super) fn nothing() -> Answer {
+    let mut answer = Response::new(Full::default());
+    *answer.status_mut() = StatusCode::NO_CONTENT;
+    common(answer.headers_mut());
     answer
 }
 

@@ -8,16 +8,20 @@ use hyper::header::{
 };
 use hyper::http::request::Parts;
 use hyper::{Method, StatusCode, Version};
-use rvpn_proto::control::{PATH, SUBPROTOCOL};
+use rvpn_proto::control::PATH;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::answer::Refusal;
 use crate::auth::base64;
 use crate::auth::credential::{MAX_TOKEN, subprotocols};
-use crate::config::{Config, Dialect, Names, host_of};
+use crate::config::{Config, Demo, Dialect, Names, host_of};
+use crate::demo;
+use crate::page::{self, Part};
 
 /// Where a device is registered.
 pub const JOIN_PATH: &str = "/rvpn/v1/join";
+/// Where a page asks whether its token is accepted, below its own path.
+const CHECK: &str = "v1/check";
 /// Longest header value: a token and the words around it.
 const VALUE_LIMIT: usize = MAX_TOKEN + 128;
 /// Longest path with query, likewise.
@@ -32,23 +36,48 @@ pub enum Target {
     Dialect(Arc<Dialect>),
     /// Registering a device.
     Join,
-    /// The page.
-    Page,
+    /// The demonstration.
+    Demo(Demo),
+    /// Whether a login would be accepted, for pages: a browser does not tell
+    /// them why a WebSocket did not open.
+    Check,
+    /// What everybody sees.
+    Landing,
+    /// A part of the client page.
+    Client(&'static Part),
+    /// Another place.
+    Moved(&'static str),
     /// Nothing.
     Nothing,
 }
 
 impl Target {
     /// Of a path as it was sent: whoever encodes a letter means another path.
-    pub fn of(path: &str, dialects: &[Arc<Dialect>]) -> Target {
-        if let Some(dialect) = dialects.iter().find(|d| d.path == path) {
+    pub fn of(path: &str, config: &Config) -> Target {
+        if let Some(dialect) = config.dialects.iter().find(|d| d.path == path) {
             return Target::Dialect(Arc::clone(dialect));
         }
         match path {
-            PATH => Target::Packets,
-            JOIN_PATH => Target::Join,
-            "/" => Target::Page,
-            _ => Target::Nothing,
+            PATH => return Target::Packets,
+            JOIN_PATH => return Target::Join,
+            "/" => return Target::Landing,
+            _ => {}
+        }
+        if path == demo::PATH
+            && let Some(demo) = config.demo
+        {
+            return Target::Demo(demo);
+        }
+        // With the page switched off nothing of it is there.
+        if !config.page {
+            return Target::Nothing;
+        }
+        match path.strip_prefix(page::BASE) {
+            Some(CHECK) => Target::Check,
+            Some(name) => page::part(name).map_or(Target::Nothing, Target::Client),
+            // The page names its parts relative to itself.
+            None if path == page::BASE.trim_end_matches('/') => Target::Moved(page::BASE),
+            None => Target::Nothing,
         }
     }
 }
@@ -134,9 +163,9 @@ pub fn upgrade(head: &Parts) -> Result<String, Refusal> {
     Ok(derive_accept_key(key.as_bytes()))
 }
 
-/// Whether the client speaks the native protocol.
-pub fn offers_packets(headers: &HeaderMap) -> bool {
-    subprotocols(headers).any(|p| p == SUBPROTOCOL)
+/// Whether the client speaks this protocol.
+pub fn offers(headers: &HeaderMap, protocol: &str) -> bool {
+    subprotocols(headers).any(|p| p == protocol)
 }
 
 /// Refuses what pages of others do in somebody's browser. Whoever is no

@@ -40,6 +40,8 @@ const TICKET_FILE: &str = "ticket.key";
 const CONTROL_THREADS: usize = 2;
 /// How long the helper may take to come up beside us.
 const HELPER_WAIT: Duration = Duration::from_secs(10);
+/// How long connections without a login may go on at a shutdown.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 pub(super) fn run(prepared: Prepared) -> Result<(), Failure> {
     let config = &prepared.config;
@@ -115,11 +117,13 @@ async fn serve(
     tasks.spawn(async move {
         gate.ring().warm_up().await;
     });
+    // Before anybody is told that we are ready: a signal that nobody watches for kills.
+    let signals = Signals::watch().map_err(Failure::Internal)?;
     greet(&config, &front);
     tasks.spawn(watchdog());
 
     let reload = || reload(&path, &front);
-    wait_for_the_end(reload).await.map_err(Failure::Internal)?;
+    signals.wait_for_the_end(reload).await;
 
     info!("shutting down");
     tell(&[NotifyState::Stopping]);
@@ -128,6 +132,7 @@ async fn serve(
     let deadline = Instant::now() + config.limits.drain_time;
     sessions.drain(config.limits.drain_time).await;
     let left = connections_left(&front.gate, deadline).await;
+    strangers_left(&front).await;
     if left > 0 {
         warn!(
             connections = left,
@@ -139,6 +144,16 @@ async fn serve(
     tasks.shutdown().await;
     info!("done");
     Ok(())
+}
+
+/// Lets whoever has just come hear an answer. Those who say nothing do not hold
+/// the shutdown up.
+async fn strangers_left(front: &Front) {
+    let mut look = interval(Duration::from_millis(10));
+    let deadline = Instant::now() + LAST_ANSWERS;
+    while front.pending.count() > 0 && Instant::now() < deadline {
+        look.tick().await;
+    }
 }
 
 /// Waits until all connections are closed: a session that has ended may still
@@ -194,6 +209,7 @@ async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, F
     let settings = Settings {
         ticket_life: config.session.ticket_life,
         dns: config.session.dns.clone(),
+        routes: config.session.routes.clone(),
     };
     Ok(Shared::new(
         cores,
@@ -274,22 +290,37 @@ async fn watchdog() {
     }
 }
 
-async fn wait_for_the_end(reload: impl Fn()) -> anyhow::Result<()> {
-    let on = |kind| signal(kind).context("cannot watch for signals");
-    let mut hangup: Signal = on(SignalKind::hangup())?;
-    let mut terminate = on(SignalKind::terminate())?;
-    let mut interrupt = on(SignalKind::interrupt())?;
-    loop {
-        tokio::select! {
-            _ = hangup.recv() => {
-                if let Ok(now) = NotifyState::monotonic_usec_now() {
-                    tell(&[NotifyState::Reloading, now]);
+/// What the process is told by signals.
+struct Signals {
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// From here on they are ours to handle.
+    fn watch() -> anyhow::Result<Signals> {
+        let on = |kind| signal(kind).context("cannot watch for signals");
+        Ok(Signals {
+            hangup: on(SignalKind::hangup())?,
+            terminate: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn wait_for_the_end(mut self, reload: impl Fn()) {
+        loop {
+            tokio::select! {
+                _ = self.hangup.recv() => {
+                    if let Ok(now) = NotifyState::monotonic_usec_now() {
+                        tell(&[NotifyState::Reloading, now]);
+                    }
+                    reload();
+                    tell(&[NotifyState::Ready]);
                 }
-                reload();
-                tell(&[NotifyState::Ready]);
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
             }
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
         }
     }
 }

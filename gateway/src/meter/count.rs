@@ -43,11 +43,15 @@ pub enum DropReason {
     Early = 15,
     /// Chatter of the kernel's own that is not the client's traffic.
     Chatter = 16,
+    /// An error about a packet that is not the client's.
+    Quoted = 17,
+    /// TCP flags that no connection produces.
+    TcpFlags = 18,
 }
 
 impl DropReason {
     /// All, in the order of their numbers.
-    pub const ALL: [DropReason; 17] = [
+    pub const ALL: [DropReason; 19] = [
         DropReason::Malformed,
         DropReason::Spoofed,
         DropReason::Address,
@@ -65,6 +69,8 @@ impl DropReason {
         DropReason::Budget,
         DropReason::Early,
         DropReason::Chatter,
+        DropReason::Quoted,
+        DropReason::TcpFlags,
     ];
 
     /// Its name in the API and in metrics.
@@ -87,6 +93,8 @@ impl DropReason {
             DropReason::Budget => "budget",
             DropReason::Early => "early",
             DropReason::Chatter => "chatter",
+            DropReason::Quoted => "quoted",
+            DropReason::TcpFlags => "tcp-flags",
         }
     }
 }
@@ -112,7 +120,8 @@ impl Side {
         self.payload += bytes;
     }
 
-    /// Counts packets that were not.
+    /// Counts packets that were not. Of a super-packet each segment counts, as
+    /// if it had passed, unless it was refused as a whole for what it claimed to be.
     pub fn drop(&mut self, reason: DropReason, packets: u64) {
         self.drops[reason as usize] += packets;
     }

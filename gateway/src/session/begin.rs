@@ -449,7 +449,8 @@ fn outside(
 
 /// When a moment of the wall clock comes, as things stand now. From here on
 /// the session is not moved by whoever sets the clock.
-fn monotonic(at: SystemTime) -> Instant {
+/// The same moment on the clock of timers.
+pub(crate) fn monotonic(at: SystemTime) -> Instant {
     let left = at.duration_since(SystemTime::now()).unwrap_or_default();
     // Far beyond any session, and within what a timer takes.
     Instant::now() + left.min(Duration::from_secs(10 * 365 * 24 * 3600))

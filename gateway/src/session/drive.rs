@@ -42,7 +42,7 @@ pub struct Scratch {
     pub device: Box<[u8]>,
     /// The message being built.
     pub message: BytesMut,
-    /// The packet being rewritten.
+    /// The packet being put together.
     pub packet: Box<[u8]>,
 }
 
@@ -56,7 +56,8 @@ thread_local! {
 
 /// What a protocol makes of messages and packets.
 pub trait Carriage {
-    /// Takes the packets of a data message and writes them to the device.
+    /// Takes the packets of a data message and writes them to the device, or
+    /// keeps them in `scratch` until [`Carriage::flush`].
     fn outbound(
         &mut self,
         message: &Bytes,
@@ -65,6 +66,10 @@ pub trait Carriage {
         scratch: &mut [u8],
         now: Instant,
     ) -> Result<(), End>;
+
+    /// Writes what was kept. Called after every batch of messages, before
+    /// anything else uses `scratch`.
+    fn flush(&mut self, _tun: &Tun, _totals: &mut Totals, _scratch: &mut [u8]) {}
 
     /// Takes what one read of the device gave, with its virtio header, into the queue.
     fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant);
@@ -264,6 +269,19 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
 
     /// Client to device.
     fn receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        now: Instant,
+    ) -> Result<bool, End> {
+        let more = self.take_in(cx, scratch, now);
+        // Also when the session ends: what came before the end has come.
+        self.carriage
+            .flush(&self.tun, &mut self.totals, &mut scratch.packet);
+        more
+    }
+
+    fn take_in(
         &mut self,
         cx: &mut Context<'_>,
         scratch: &mut Scratch,

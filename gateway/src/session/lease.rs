@@ -58,7 +58,9 @@ pub async fn obtain(
     if let Some(former) = former
         && let Some(handed) = take_over(former).await
     {
-        return Ok((handed.lease, handed.tun));
+        let mut lease = handed.lease;
+        lease.continued();
+        return Ok((lease, handed.tun));
     }
     match helper.acquire(key, Kind::Both, class).await {
         Ok((lease, Some(tun))) => Ok((lease, tun)),

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rvpn_proto::control::{
-    self, Hello, KEEPALIVE, KEEPALIVE_MAX, Limits, Message as Control, OFFLOAD, Pair, Prefix,
-    Stage, Ticket, Welcome,
+    self, Hello, KEEPALIVE, KEEPALIVE_MAX, Limits, Message as Control, OFFLOAD, Pair, Stage,
+    Ticket, Welcome,
 };
 use tokio::runtime::Handle;
 use tokio::time::timeout;
@@ -164,7 +164,7 @@ impl Protocol for Native {
             }),
             mtu: mtu.into(),
             dns: self.settings.dns.clone(),
-            routes: vec![Prefix::ALL_V4, Prefix::ALL_V6],
+            routes: self.settings.routes.clone(),
             ticket,
             keepalive_s: u16::try_from(self.keepalive.as_secs()).unwrap_or(u16::MAX),
             limits: Limits {
@@ -182,6 +182,7 @@ impl Protocol for Native {
             lease: place.lease_pair(),
             mtu,
             offload,
+            device: place.reply.offload,
         };
         let seed = random::<16>()?;
         let desk = Desk::new(self.runtime.clone(), place.answers.clone());

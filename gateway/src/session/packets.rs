@@ -10,7 +10,7 @@ use tokio_tungstenite::tungstenite::Message;
 use super::control::Desk;
 use super::drive::{Carriage, End};
 use crate::meter::Totals;
-use crate::pump::{Identity, Pump};
+use crate::pump::{Agreed, Identity, Pump};
 use crate::tun::Tun;
 
 /// What was agreed on with one client.
@@ -24,6 +24,8 @@ pub(super) struct Terms {
     pub(super) mtu: u16,
     /// Super-packets cross whole.
     pub(super) offload: bool,
+    /// Which the device takes, as `TUN_F_*` bits.
+    pub(super) device: u16,
 }
 
 /// One native client's packets.
@@ -38,8 +40,13 @@ impl Packets {
             inner: terms.inner,
             lease: terms.lease,
         };
+        let agreed = Agreed {
+            mtu: terms.mtu,
+            offload: terms.offload,
+            device: terms.device,
+        };
         Packets {
-            pump: Pump::new(identity, terms.mtu, terms.offload, key),
+            pump: Pump::new(&identity, agreed, key),
             desk,
         }
     }
@@ -52,7 +59,7 @@ impl Carriage for Packets {
         tun: &Tun,
         totals: &mut Totals,
         scratch: &mut [u8],
-        _now: Instant,
+        now: Instant,
     ) -> Result<(), End> {
         for record in Reader::new(message) {
             let Ok(record) = record else {
@@ -62,9 +69,13 @@ impl Carriage for Packets {
                 });
             };
             self.pump
-                .outbound(record.packet, record.offload, tun, totals, scratch);
+                .outbound(record.packet, record.offload, tun, totals, scratch, now);
         }
         Ok(())
+    }
+
+    fn flush(&mut self, tun: &Tun, totals: &mut Totals, scratch: &mut [u8]) {
+        self.pump.flush(tun, totals, scratch);
     }
 
     fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant) {

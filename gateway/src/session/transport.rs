@@ -9,6 +9,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -89,12 +90,17 @@ pub struct Socket {
 impl Socket {
     /// Takes over after the upgrade; `read_ahead` is what already arrived behind it.
     pub async fn accept(stream: Io, read_ahead: Bytes) -> Socket {
+        Socket::limited(stream, read_ahead, LIMIT).await
+    }
+
+    /// The same for a peer that has less to say.
+    pub async fn limited(stream: Io, read_ahead: Bytes, limit: usize) -> Socket {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER)
             .write_buffer_size(WRITE_BUFFER)
             .max_write_buffer_size(WRITE_LIMIT)
-            .max_message_size(Some(LIMIT))
-            .max_frame_size(Some(LIMIT));
+            .max_message_size(Some(limit))
+            .max_frame_size(Some(limit));
         let inner = WebSocketStream::from_partially_read(
             stream,
             read_ahead.into(),
@@ -133,7 +139,21 @@ impl Socket {
             return;
         }
         // Whatever still arrives is of no interest, only that it ends.
-        while self.next().await.is_ok() {}
+        loop {
+            match self.next().await {
+                Ok(Incoming::Close { .. }) | Err(Broken::Lost) => return,
+                Ok(_) => {}
+                Err(Broken::Protocol | Broken::TooBig) => break,
+            }
+        }
+        // Nor is what can no longer be told apart, such as the rest of a message
+        // that was refused; but a socket closed with something unread in it
+        // resets, and takes the farewell with it.
+        let stream = self.inner.get_mut();
+        if stream.shutdown().await.is_ok() {
+            let mut rest = [0; 1024];
+            while matches!(stream.read(&mut rest).await, Ok(n) if n > 0) {}
+        }
     }
 }
 

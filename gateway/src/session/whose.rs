@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ticket_leads_its_account_to_its_lease_and_nobody_else() {
+    fn aut_20_a_ticket_leads_its_account_to_its_lease_and_nobody_else() {
         let lab = Lab::new();
         let key = Key([5; 16]);
         let ticket = lab.ticket("alice", key, 3);
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn neither_an_older_ticket_nor_one_from_before_a_goodbye_leads_back() {
+    fn aut_20_neither_an_older_ticket_nor_one_from_before_a_goodbye_leads_back() {
         let lab = Lab::new();
         let key = Key([5; 16]);
         let core = Cores::start(1, false).unwrap().least_loaded().core();

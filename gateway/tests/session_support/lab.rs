@@ -46,6 +46,7 @@ impl Lab {
         let settings = Settings {
             ticket_life: Duration::from_secs(3600),
             dns: Vec::new(),
+            routes: Vec::new(),
         };
         let shared = Shared::new(
             Cores::start(2, false).unwrap(),

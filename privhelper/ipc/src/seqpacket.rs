@@ -6,23 +6,27 @@
 //! that expects none receives without any.
 #![expect(
     unsafe_code,
-    reason = "recvmsg, sendmsg and getsockopt with exact control lengths"
+    reason = "recvmsg with an exact control length; descriptors the kernel has just made"
 )]
 
-use std::ffi::CString;
-use std::io;
-use std::mem::{MaybeUninit, size_of, zeroed};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::{size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 
 /// `CMSG_LEN` of one descriptor.
 const ONE_FD: usize = size_of::<libc::cmsghdr>() + size_of::<RawFd>();
 
 /// Control buffer with the alignment `cmsghdr` needs.
 #[repr(C, align(8))]
-struct Control([u8; 24]);
+struct Control([u8; ONE_FD]);
 
 /// What one receive brought.
 #[derive(Debug)]
@@ -46,37 +50,21 @@ pub struct PeerCred {
     pub uid: u32,
 }
 
-fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
-    if ret < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(ret)
-    }
-}
-
-fn check_len(ret: isize) -> io::Result<usize> {
-    usize::try_from(ret).map_err(|_| io::Error::last_os_error())
-}
-
 /// Receives one message; with `want_fd` false no descriptor can get in.
 pub fn recv(socket: BorrowedFd<'_>, buf: &mut [u8], want_fd: bool) -> io::Result<Received> {
-    let mut control = Control([0; 24]);
-    let mut iov = libc::iovec {
-        iov_base: buf.as_mut_ptr().cast(),
-        iov_len: buf.len(),
-    };
+    let mut control = Control([0; ONE_FD]);
+    let mut iov = IoSliceMut::new(buf);
     // SAFETY: msghdr is plain data for which all zero is a valid value.
     let mut msg: libc::msghdr = unsafe { zeroed() };
-    msg.msg_iov = &raw mut iov;
+    msg.msg_iov = (&raw mut iov).cast();
     msg.msg_iovlen = 1;
     if want_fd {
         msg.msg_control = (&raw mut control).cast();
         msg.msg_controllen = ONE_FD;
     }
     // SAFETY: every pointer in msg refers to a live local of the stated length.
-    let len = check_len(unsafe {
-        libc::recvmsg(socket.as_raw_fd(), &raw mut msg, libc::MSG_CMSG_CLOEXEC)
-    })?;
+    let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut msg, libc::MSG_CMSG_CLOEXEC) };
+    let len = Errno::result(got)? as usize;
     let mut fd = None;
     if want_fd {
         // SAFETY: msg was filled by recvmsg and control outlives this use.
@@ -102,160 +90,58 @@ pub fn recv(socket: BorrowedFd<'_>, buf: &mut [u8], want_fd: bool) -> io::Result
 
 /// Sends one message with at most one descriptor, whole or not at all.
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-    let mut control = Control([0; 24]);
-    let mut iov = libc::iovec {
-        iov_base: bytes.as_ptr().cast_mut().cast(),
-        iov_len: bytes.len(),
-    };
-    // SAFETY: msghdr is plain data for which all zero is a valid value.
-    let mut msg: libc::msghdr = unsafe { zeroed() };
-    msg.msg_iov = &raw mut iov;
-    msg.msg_iovlen = 1;
-    if let Some(fd) = fd {
-        msg.msg_control = (&raw mut control).cast();
-        msg.msg_controllen = size_of::<Control>();
-        // SAFETY: the control buffer is aligned and large enough for one header and one descriptor.
-        unsafe {
-            let c = libc::CMSG_FIRSTHDR(&raw const msg);
-            (*c).cmsg_level = libc::SOL_SOCKET;
-            (*c).cmsg_type = libc::SCM_RIGHTS;
-            (*c).cmsg_len = ONE_FD;
-            libc::CMSG_DATA(c)
-                .cast::<RawFd>()
-                .write_unaligned(fd.as_raw_fd());
-        }
-        msg.msg_controllen = ONE_FD;
-    }
-    // SAFETY: every pointer in msg refers to a live local of the stated length.
-    let n = check_len(unsafe {
-        libc::sendmsg(socket.as_raw_fd(), &raw const msg, libc::MSG_NOSIGNAL)
-    })?;
-    if n == bytes.len() {
-        Ok(())
-    } else {
-        Err(io::ErrorKind::WriteZero.into())
-    }
+    let fds = fd.map(|fd| [fd.as_raw_fd()]);
+    let control = fds.as_ref().map(|fds| ControlMessage::ScmRights(fds));
+    let (parts, flags) = ([IoSlice::new(bytes)], MsgFlags::MSG_NOSIGNAL);
+    let n = socket::sendmsg::<()>(socket.as_raw_fd(), &parts, control.as_slice(), flags, None)?;
+    let whole = (n == bytes.len()).then_some(());
+    whole.ok_or_else(|| io::ErrorKind::WriteZero.into())
 }
 
 /// The peer's credentials, taken by the kernel when it connected.
 pub fn peer_cred(socket: BorrowedFd<'_>) -> io::Result<PeerCred> {
-    let cred: libc::ucred = getsockopt(socket, libc::SO_PEERCRED)?;
-    Ok(PeerCred {
-        pid: cred.pid,
-        uid: cred.uid,
-    })
+    let cred = socket::getsockopt(&socket, sockopt::PeerCredentials)?;
+    let (pid, uid) = (cred.pid(), cred.uid());
+    Ok(PeerCred { pid, uid })
 }
 
 /// A handle on the peer's process that cannot come to mean another one. It
 /// polls readable when the process is gone. Needs Linux 6.5.
 pub fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let raw: RawFd = getsockopt(socket, libc::SO_PEERPIDFD)?;
-    // SAFETY: the kernel has just installed this descriptor for us and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
-}
-
-fn getsockopt<T: Copy>(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<T> {
-    let mut value = MaybeUninit::<T>::uninit();
-    let mut len = size_of::<T>() as libc::socklen_t;
-    // SAFETY: value has room for len bytes; the callers pass plain C types only.
-    check(unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            option,
-            value.as_mut_ptr().cast(),
-            &raw mut len,
-        )
-    })?;
-    if len as usize != size_of::<T>() {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    // SAFETY: the kernel has filled all of it, and any bits are a valid plain C value.
-    Ok(unsafe { value.assume_init() })
+    Ok(socket::getsockopt(&socket, sockopt::PeerPidfd)?)
 }
 
 /// Bounds every receive and send on a blocking socket.
 pub fn set_timeout(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
-    let tv = libc::timeval {
-        tv_sec: libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX),
-        tv_usec: limit.subsec_micros().into(),
-    };
-    for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
-        // SAFETY: tv is a live timeval and its size is passed along.
-        check(unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                option,
-                (&raw const tv).cast(),
-                size_of::<libc::timeval>() as libc::socklen_t,
-            )
-        })?;
-    }
-    Ok(())
+    let limit = TimeVal::microseconds(i64::try_from(limit.as_micros()).unwrap_or(i64::MAX));
+    socket::setsockopt(&socket, sockopt::ReceiveTimeout, &limit)?;
+    Ok(socket::setsockopt(&socket, sockopt::SendTimeout, &limit)?)
 }
 
-fn new_socket(flags: libc::c_int) -> io::Result<OwnedFd> {
-    // SAFETY: socket takes no pointers.
-    let raw = check(unsafe {
-        libc::socket(
-            libc::AF_UNIX,
-            libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | flags,
-            0,
-        )
-    })?;
-    // SAFETY: the kernel has just made this descriptor and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+fn new_socket(flags: SockFlag) -> nix::Result<OwnedFd> {
+    let flags = flags | SockFlag::SOCK_CLOEXEC;
+    socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
 }
 
-fn address(path: &Path) -> io::Result<libc::sockaddr_un> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let bytes = path.as_bytes_with_nul();
-    // SAFETY: sockaddr_un is plain data for which all zero is a valid value.
-    let mut addr: libc::sockaddr_un = unsafe { zeroed() };
-    addr.sun_family = libc::AF_UNIX as libc::sa_family_t;
-    if bytes.len() > addr.sun_path.len() {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!(
-                "{path:?}: a socket path has at most {} bytes",
-                addr.sun_path.len() - 1
-            ),
-        ));
-    }
-    for (to, from) in addr.sun_path.iter_mut().zip(bytes) {
-        *to = from.cast_signed() as libc::c_char;
-    }
-    Ok(addr)
+fn address(path: &Path) -> io::Result<UnixAddr> {
+    UnixAddr::new(path).map_err(|e| {
+        let why = format!("{e}: a socket path has at most 107 bytes");
+        let why = format!("{}: {why}", path.display());
+        io::Error::new(io::ErrorKind::InvalidInput, why)
+    })
 }
 
 /// Connects to the helper, blocking.
 pub fn connect(path: &Path) -> io::Result<OwnedFd> {
-    let addr = address(path)?;
-    let socket = new_socket(0)?;
-    // SAFETY: addr is a live sockaddr_un and its size is passed along.
-    check(unsafe {
-        libc::connect(
-            socket.as_raw_fd(),
-            (&raw const addr).cast(),
-            size_of::<libc::sockaddr_un>() as libc::socklen_t,
-        )
-    })?;
+    let (addr, socket) = (address(path)?, new_socket(SockFlag::empty())?);
+    socket::connect(socket.as_raw_fd(), &addr)?;
     Ok(socket)
 }
 
 /// Binds and listens, non-blocking; the path must not exist.
 pub fn listen(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
-    let addr = address(path)?;
-    let socket = new_socket(libc::SOCK_NONBLOCK)?;
-    // SAFETY: addr is a live sockaddr_un and its size is passed along.
-    check(unsafe {
-        libc::bind(
-            socket.as_raw_fd(),
-            (&raw const addr).cast(),
-            size_of::<libc::sockaddr_un>() as libc::socklen_t,
-        )
-    })?;
+    let (addr, socket) = (address(path)?, new_socket(SockFlag::SOCK_NONBLOCK)?);
+    socket::bind(socket.as_raw_fd(), &addr)?;
     listen_again(socket.as_fd(), backlog)?;
     Ok(socket)
 }
@@ -263,39 +149,21 @@ pub fn listen(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
 /// Makes the calling process the one that connecting peers see: credentials
 /// are those of the last to call `listen`, not of whoever bound the socket.
 pub fn listen_again(socket: BorrowedFd<'_>, backlog: i32) -> io::Result<()> {
-    // SAFETY: listen takes no pointers.
-    check(unsafe { libc::listen(socket.as_raw_fd(), backlog) }).map(drop)
+    Ok(socket::listen(&socket, Backlog::new(backlog)?)?)
 }
 
 /// Takes one waiting connection, non-blocking and close-on-exec.
 pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    // SAFETY: null address pointers mean the address is not wanted.
-    let raw = check(unsafe {
-        libc::accept4(
-            listener.as_raw_fd(),
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
-            libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
-        )
-    })?;
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let raw = socket::accept4(listener.as_raw_fd(), flags)?;
     // SAFETY: the kernel has just made this descriptor and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
 /// Two connected ends, for tests.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut fds = [0; 2];
-    // SAFETY: fds has room for the two descriptors.
-    check(unsafe {
-        libc::socketpair(
-            libc::AF_UNIX,
-            libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC,
-            0,
-            fds.as_mut_ptr(),
-        )
-    })?;
-    // SAFETY: the kernel has just made these descriptors and nothing else owns them.
-    Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
+    let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
+    Ok(socket::socketpair(AddressFamily::Unix, kind, None, flags)?)
 }
 
 #[cfg(test)]

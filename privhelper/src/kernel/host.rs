@@ -1,32 +1,24 @@
 //! What is on the host already and must not be stepped on.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::Path;
-
-use crate::config::{Config, Net, Net4, Net6, Uplink};
+use std::sync::Arc;
 
 use super::{Kernel, link, sysctl};
+use crate::net::Net;
+use crate::plan::Tag;
 
 /// The interfaces client traffic may leave by, by index, sorted.
-pub(crate) fn uplinks(k: &mut Kernel, config: &Config) -> io::Result<Vec<u32>> {
-    let mut found: Vec<u32> = match &config.uplink {
-        Uplink::DefaultRoute => link::routes(&mut k.route)?
-            .into_iter()
-            .filter(|r| {
-                matches!(
-                    r.net,
-                    Net::V4(Net4 { len: 0, .. }) | Net::V6(Net6 { len: 0, .. })
-                )
-            })
-            .map(|r| r.index)
-            .filter(|&i| i > 1)
-            .collect(),
-        Uplink::Named(names) => link::dump(&mut k.route)?
-            .into_iter()
-            .filter(|l| names.contains(&l.name) && l.group != config.link_group)
-            .map(|l| l.index)
-            .collect(),
+pub(crate) fn uplinks(k: &mut Kernel) -> io::Result<Vec<u32>> {
+    let mut found: Vec<u32> = if k.config.uplink.is_empty() {
+        let defaults = link::routes(k)?.into_iter().filter(|r| r.net.len == 0);
+        defaults.map(|r| r.index).filter(|&i| i > 1).collect()
+    } else {
+        let (links, c) = (link::dump(k)?, &k.config);
+        let named = |l: &&link::Link| c.uplink.contains(&l.name) && l.group != c.link_group;
+        links.iter().filter(named).map(|l| l.index).collect()
     };
     found.sort_unstable();
     found.dedup();
@@ -35,35 +27,25 @@ pub(crate) fn uplinks(k: &mut Kernel, config: &Config) -> io::Result<Vec<u32>> {
 
 /// The local port range, ends included.
 pub(crate) fn local_ports() -> io::Result<Option<(u16, u16)>> {
-    let text = sysctl::read("net/ipv4/ip_local_port_range")?;
-    Ok(text.and_then(|t| {
-        let mut words = t.split_whitespace().map(str::parse);
-        Some((words.next()?.ok()?, words.next()?.ok()?))
-    }))
+    let text = sysctl::read("net/ipv4/ip_local_port_range")?.unwrap_or_default();
+    let ends = text.split_once(char::is_whitespace);
+    Ok(ends.and_then(|(low, high)| Some((low.parse().ok()?, high.trim().parse().ok()?))))
 }
 
 /// Ports something listens on or is bound to, with the table that says so.
 pub(crate) fn bound_ports() -> io::Result<Vec<(&'static str, u16)>> {
     const TCP_LISTEN: &str = "0A";
+    let port = |s: &str| u16::from_str_radix(s.rsplit(':').next()?, 16).ok();
     let mut ports = Vec::new();
     for table in ["tcp", "tcp6", "udp", "udp6"] {
-        let text = match fs::read_to_string(format!("/proc/self/net/{table}")) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            other => other?,
-        };
-        for line in text.lines().skip(1) {
-            let mut words = line.split_whitespace().skip(1);
-            let (Some(local), Some(remote), Some(state)) =
-                (words.next(), words.next(), words.next())
+        let text = sysctl::if_there(fs::read_to_string(format!("/proc/self/net/{table}")))?;
+        for line in text.unwrap_or_default().lines().skip(1) {
+            let [_, local, remote, state, ..] = line.split_whitespace().collect::<Vec<_>>()[..]
             else {
                 continue;
             };
-            let port = |s: &str| {
-                s.rsplit(':')
-                    .next()
-                    .and_then(|p| u16::from_str_radix(p, 16).ok())
-            };
-            let waits = if table.starts_with("tcp") {
+            let tcp = table.starts_with("tcp");
+            let waits = if tcp {
                 state == TCP_LISTEN
             } else {
                 port(remote) == Some(0)
@@ -80,39 +62,28 @@ pub(crate) fn bound_ports() -> io::Result<Vec<(&'static str, u16)>> {
 pub(crate) fn listening(socket: &Path) -> io::Result<bool> {
     const LISTENS: &str = "00010000";
     let ending = format!(" {}", socket.display());
+    let listens = |l: &str| l.ends_with(&ending) && l.split_whitespace().nth(3) == Some(LISTENS);
     let table = fs::read_to_string("/proc/self/net/unix")?;
-    Ok(table
-        .lines()
-        .any(|l| l.ends_with(&ending) && l.split_whitespace().nth(3) == Some(LISTENS)))
+    Ok(table.lines().any(listens))
 }
 
 /// The largest number of flows the kernel tracks, for all of the host.
 pub(crate) fn conntrack_max() -> io::Result<Option<u64>> {
-    Ok(sysctl::read("net/netfilter/nf_conntrack_max")?.and_then(|t| t.parse().ok()))
+    let text = sysctl::read("net/netfilter/nf_conntrack_max")?;
+    Ok(text.and_then(|t| t.parse().ok()))
 }
 
 /// Host routes and addresses inside our ranges that are not ours: `(our range, theirs)`.
-pub(crate) fn overlaps(k: &mut Kernel, config: &Config) -> io::Result<Vec<(Net, Net)>> {
-    let ours: Vec<u32> = link::dump(&mut k.route)?
-        .into_iter()
-        .filter(|l| {
-            l.group == config.link_group && crate::plan::Tag::from_alias(&l.alias).is_some()
-        })
-        .map(|l| l.index)
-        .collect();
-    let mut found = link::routes(&mut k.route)?;
-    found.extend(link::addresses(&mut k.route)?);
+pub(crate) fn overlaps(k: &mut Kernel) -> io::Result<Vec<(Net, Net)>> {
+    let (links, c) = (link::dump(k)?, Arc::clone(&k.config));
+    let made = |l: &&link::Link| l.group == c.link_group && Tag::from_alias(&l.alias).is_some();
+    let ours: HashSet<u32> = links.iter().filter(made).map(|l| l.index).collect();
     let mut out = Vec::new();
-    for f in found
-        .into_iter()
-        .filter(|f| !f.ours && !ours.contains(&f.index))
-    {
-        let default = matches!(
-            f.net,
-            Net::V4(Net4 { len: 0, .. }) | Net::V6(Net6 { len: 0, .. })
-        );
-        for range in crate::kernel::ruleset::own_nets(config) {
-            if !default && range.overlaps(f.net) && !out.contains(&(range, f.net)) {
+    let found = [link::routes(k)?, link::addresses(k, None)?].concat();
+    for f in found {
+        for range in c.own_nets() {
+            let theirs = !f.ours && !ours.contains(&f.index) && f.net.len > 0;
+            if theirs && range.overlaps(f.net) && !out.contains(&(range, f.net)) {
                 out.push((range, f.net));
             }
         }

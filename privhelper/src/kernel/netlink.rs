@@ -1,99 +1,112 @@
 //! Netlink messages and the sockets that carry them.
 //!
-//! Lengths and types are native-endian, attributes aligned to four bytes.
-//! Answers count only when the kernel itself sent them (port 0) and when they
-//! bear the sequence number of what was asked.
+//! A message, an attribute and a nest of attributes are byte strings, made by a
+//! function each. Lengths and types are native-endian, attributes aligned to
+//! four bytes. Answers count only when the kernel itself sent them (port 0) and
+//! when they bear the sequence number of what was asked.
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockType, bind, getsockname, recvmsg, send,
-    setsockopt, sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, getsockname,
+    recvmsg, send, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
-pub(crate) const HEADER: usize = 16;
+const HEADER: usize = 16;
 /// Fits the largest message a dump brings.
 const RECEIVE: usize = 32 * 1024;
 const ANSWER_SECONDS: i64 = 10;
 
-/// A growing sequence of messages.
-#[derive(Default)]
-pub(crate) struct Buf(pub(crate) Vec<u8>);
+/// What an attribute can hold.
+pub(crate) trait Payload {
+    const FLAGS: u16 = 0;
+    fn bytes(self) -> Vec<u8>;
+}
 
-impl Buf {
-    pub(crate) fn attr(&mut self, kind: u16, data: &[u8]) -> &mut Buf {
-        let len = u16::try_from(data.len() + 4).unwrap_or(u16::MAX);
-        self.0.extend(len.to_ne_bytes());
-        self.0.extend(kind.to_ne_bytes());
-        self.0.extend(data);
-        self.pad()
-    }
+/// Attributes inside one.
+pub(crate) struct Nest(pub(crate) Vec<u8>);
 
-    fn pad(&mut self) -> &mut Buf {
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-        self
+impl Payload for Nest {
+    const FLAGS: u16 = 0x8000;
+    fn bytes(self) -> Vec<u8> {
+        self.0
     }
+}
 
-    /// A native-endian number, as rtnetlink has them.
-    pub(crate) fn ne32(&mut self, kind: u16, v: u32) -> &mut Buf {
-        self.attr(kind, &v.to_ne_bytes())
-    }
+macro_rules! payloads {
+    ($($kind:ty: $bytes:expr;)*) => { $(
+        impl Payload for $kind {
+            fn bytes(self) -> Vec<u8> {
+                ($bytes)(self)
+            }
+        }
+    )* };
+}
 
-    /// A big-endian number, as nfnetlink has them.
-    pub(crate) fn be32(&mut self, kind: u16, v: u32) -> &mut Buf {
-        self.attr(kind, &v.to_be_bytes())
-    }
+payloads! {
+    // Big-endian, as nfnetlink has numbers; rtnetlink's are given as native bytes.
+    u32: |n: u32| n.to_be_bytes().to_vec();
+    // With its terminating zero.
+    &str: |s: &str| [s.as_bytes(), &[0]].concat();
+    &[u8]: <[u8]>::to_vec;
+    [u8; 4]: |b: [u8; 4]| b.to_vec();
+}
 
-    /// Text with its terminating zero.
-    pub(crate) fn text(&mut self, kind: u16, s: &str) -> &mut Buf {
-        let mut bytes = s.as_bytes().to_vec();
-        bytes.push(0);
-        self.attr(kind, &bytes)
-    }
+/// One attribute.
+pub(crate) fn attr<P: Payload>(kind: u16, payload: P) -> Vec<u8> {
+    let data = payload.bytes();
+    let len = u16::try_from(data.len() + 4).unwrap_or(u16::MAX);
+    let head = [len, kind | P::FLAGS].map(u16::to_ne_bytes).concat();
+    let mut b = [head, data].concat();
+    b.resize(b.len().next_multiple_of(4), 0);
+    b
+}
 
-    pub(crate) fn nest(&mut self, kind: u16, f: impl FnOnce(&mut Buf)) -> &mut Buf {
-        let at = self.0.len();
-        self.attr(kind | 0x8000, &[]);
-        f(self);
-        let len = u16::try_from(self.0.len() - at).unwrap_or(u16::MAX);
-        self.0[at..at + 2].copy_from_slice(&len.to_ne_bytes());
-        self
-    }
+/// Attributes side by side: `attrs![KIND => PAYLOAD, ...]`.
+macro_rules! attrs {
+    ($($kind:expr => $payload:expr),*) => {{
+        let all: &[Vec<u8>] = &[$($crate::kernel::netlink::attr($kind, $payload)),*];
+        all.concat()
+    }};
+}
 
-    /// One message; its sequence number is filled in when it is sent.
-    pub(crate) fn message(
-        &mut self,
-        kind: u16,
-        flags: libc::c_int,
-        fixed: &[u8],
-        f: impl FnOnce(&mut Buf),
-    ) -> &mut Buf {
-        let at = self.0.len();
-        let flags = u16::try_from(flags | libc::NLM_F_REQUEST).unwrap_or_default();
-        self.0.extend([0; 4]);
-        self.0.extend(kind.to_ne_bytes());
-        self.0.extend(flags.to_ne_bytes());
-        self.0.extend([0; 8]);
-        self.0.extend(fixed);
-        self.pad();
-        f(self);
-        let len = u32::try_from(self.0.len() - at).unwrap_or(u32::MAX);
-        self.0[at..at + 4].copy_from_slice(&len.to_ne_bytes());
-        self
-    }
+/// Attributes as the payload of one.
+macro_rules! nest {
+    ($($all:tt)*) => { $crate::kernel::netlink::Nest(attrs![$($all)*]) };
+}
+
+/// One message; its sequence number is filled in when it is sent.
+pub(crate) fn message(kind: u16, flags: libc::c_int, fixed: &[u8], attrs: &[u8]) -> Vec<u8> {
+    let flags = flags as u16 | libc::NLM_F_REQUEST as u16;
+    let mut b = [&[0; HEADER], fixed].concat();
+    b.resize(b.len().next_multiple_of(4), 0);
+    b.extend(attrs);
+    let len = u32::try_from(b.len()).unwrap_or(u32::MAX).to_ne_bytes();
+    b[..4].copy_from_slice(&len);
+    b[4..8].copy_from_slice(&[kind, flags].map(u16::to_ne_bytes).concat());
+    b
 }
 
 /// A received message.
 #[derive(Clone, Copy)]
 pub(crate) struct Message<'a> {
     pub(crate) kind: u16,
-    pub(crate) flags: u16,
-    pub(crate) seq: u32,
+    flags: u16,
+    seq: u32,
     /// Who caused it, in notifications.
     pub(crate) port: u32,
     pub(crate) body: &'a [u8],
+}
+
+impl Message<'_> {
+    /// What an error or an acknowledgement says.
+    fn result(&self) -> Option<io::Result<()>> {
+        let code = u32_at(self.body, 0).unwrap_or(0).cast_signed();
+        let error = (code != 0).then(|| io::Error::from_raw_os_error(-code));
+        (self.kind == libc::NLMSG_ERROR as u16).then(|| error.map_or(Ok(()), Err))
+    }
 }
 
 /// Splits a datagram into its messages; stops at the first that does not fit.
@@ -113,7 +126,7 @@ pub(crate) fn messages(mut data: &[u8]) -> impl Iterator<Item = Message<'_>> {
 }
 
 /// The attributes after a message's fixed part.
-pub(crate) fn attrs(mut data: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(crate) fn attributes(mut data: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = usize::from(u16_at(data, 0)?);
         let kind = u16_at(data, 2)? & 0x3fff;
@@ -124,20 +137,28 @@ pub(crate) fn attrs(mut data: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 pub(crate) fn attr_of(data: &[u8], kind: u16) -> Option<&[u8]> {
-    attrs(data).find(|(k, _)| *k == kind).map(|(_, v)| v)
+    attributes(data).find(|(k, _)| *k == kind).map(|(_, v)| v)
 }
 
 pub(crate) fn u16_at(data: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_ne_bytes(data.get(at..at + 2)?.try_into().ok()?))
+    Some(u16::from_ne_bytes(*data.get(at..)?.first_chunk()?))
 }
 
 pub(crate) fn u32_at(data: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(data.get(at..at + 4)?.try_into().ok()?))
+    Some(u32::from_ne_bytes(*data.get(at..)?.first_chunk()?))
 }
 
 pub(crate) fn text_of(data: &[u8]) -> String {
     let end = data.iter().position(|&b| b == 0).unwrap_or(data.len());
     String::from_utf8_lossy(&data[..end]).into_owned()
+}
+
+/// Forgives one error: that what should go is gone already.
+pub(crate) fn unless(errno: i32, result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.raw_os_error() == Some(errno) => Ok(()),
+        other => other,
+    }
 }
 
 /// One netlink socket.
@@ -150,59 +171,43 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    pub(crate) fn open(protocol: libc::c_int, groups: u32) -> io::Result<Socket> {
-        let protocol = match protocol {
-            libc::NETLINK_ROUTE => nix::sys::socket::SockProtocol::NetlinkRoute,
-            _ => nix::sys::socket::SockProtocol::NetlinkNetFilter,
-        };
-        let fd = nix::sys::socket::socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            protocol,
-        )?;
+    pub(crate) fn open(protocol: SockProtocol, groups: u32) -> io::Result<Socket> {
+        let (family, flags) = (AddressFamily::Netlink, SockFlag::SOCK_CLOEXEC);
+        let fd = socket(family, SockType::Raw, flags, protocol)?;
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
-        setsockopt(
-            &fd,
-            sockopt::ReceiveTimeout,
-            &TimeVal::seconds(ANSWER_SECONDS),
-        )?;
+        let limit = TimeVal::seconds(ANSWER_SECONDS);
+        setsockopt(&fd, sockopt::ReceiveTimeout, &limit)?;
         // The table of a full pool is one transaction of some megabytes.
         let _ = setsockopt(&fd, sockopt::SndBufForce, &(16 << 20));
         let _ = setsockopt(&fd, sockopt::RcvBufForce, &(4 << 20));
         // Dumps are filtered by the kernel, not by us: the address dump by interface among them.
         super::sockopt::set_strict(&fd)?;
         let port = getsockname::<NetlinkAddr>(fd.as_raw_fd())?.pid();
-        Ok(Socket {
-            fd,
-            port,
-            seq: 0,
-            buf: vec![0; RECEIVE],
-        })
+        let (seq, buf) = (0, vec![0; RECEIVE]);
+        Ok(Socket { fd, port, seq, buf })
     }
 
-    /// Numbers and sends the messages; returns the first and last number.
-    fn send(&mut self, batch: &mut Buf) -> io::Result<(u32, u32)> {
+    /// Numbers the messages and sends them; returns the last number before `end`.
+    fn send(&mut self, mut batch: Vec<u8>, end: usize) -> io::Result<u32> {
         #[cfg(feature = "fault-hooks")]
         crate::fault::refuse("send")?;
-        let first = self.seq.wrapping_add(1);
-        let mut at = 0;
-        while let Some(len) = u32_at(&batch.0, at) {
+        let (mut at, mut last) = (0, 0);
+        while let Some(len) = u32_at(&batch, at) {
             self.seq = self.seq.wrapping_add(1);
-            batch.0[at + 8..at + 12].copy_from_slice(&self.seq.to_ne_bytes());
+            batch[at + 8..at + 12].copy_from_slice(&self.seq.to_ne_bytes());
+            last = if at < end { self.seq } else { last };
             at += (len as usize).next_multiple_of(4).max(HEADER);
         }
-        send(self.fd.as_raw_fd(), &batch.0, MsgFlags::empty())?;
-        Ok((first, self.seq))
+        send(self.fd.as_raw_fd(), &batch, MsgFlags::empty())?;
+        Ok(last)
     }
 
     /// One datagram from the kernel; whatever another process sends is dropped.
-    pub(crate) fn receive(&mut self, flags: MsgFlags) -> nix::Result<&[u8]> {
+    fn receive(&mut self, flags: MsgFlags) -> nix::Result<&[u8]> {
         loop {
             let mut iov = [IoSliceMut::new(&mut self.buf)];
-            match recvmsg::<NetlinkAddr>(self.fd.as_raw_fd(), &mut iov, None, flags)
-                .map(|m| (m.bytes, m.address))
-            {
+            let got = recvmsg::<NetlinkAddr>(self.fd.as_raw_fd(), &mut iov, None, flags);
+            match got.map(|m| (m.bytes, m.address)) {
                 Ok((n, Some(from))) if from.pid() == 0 => return Ok(&self.buf[..n]),
                 Ok(_) | Err(nix::Error::EINTR) => {}
                 Err(e) => return Err(e),
@@ -210,98 +215,93 @@ impl Socket {
         }
     }
 
+    /// Hands out every notification that waits; true when some were lost.
+    pub(crate) fn drain(&mut self, mut each: impl FnMut(Message<'_>)) -> bool {
+        let mut lost = false;
+        loop {
+            match self.receive(MsgFlags::MSG_DONTWAIT) {
+                Ok(data) => messages(data).for_each(&mut each),
+                Err(nix::Error::EAGAIN) => return lost,
+                Err(_) => lost = true,
+            }
+        }
+    }
+
     /// Sends messages of which the last alone asks for an acknowledgement, and
     /// waits for that. A message that fails reports itself without being asked.
-    pub(crate) fn run(&mut self, batch: &mut Buf) -> io::Result<()> {
-        let (first, last) = self.send(batch)?;
-        self.answered(first, last)
+    pub(crate) fn run(&mut self, batch: Vec<u8>) -> io::Result<()> {
+        self.transact(batch, &[])
+    }
+
+    /// The same, with what is sent after them and never acknowledged.
+    pub(crate) fn transact(&mut self, mut batch: Vec<u8>, after: &[u8]) -> io::Result<()> {
+        let end = batch.len();
+        let sizes = messages(&batch).map(|m| (HEADER + m.body.len()).next_multiple_of(4));
+        let Some(size) = sizes.last() else {
+            return Ok(());
+        };
+        batch[end - size + 6] |= libc::NLM_F_ACK as u8;
+        batch.extend(after);
+        let first = self.seq.wrapping_add(1);
+        let last = self.send(batch, end)?;
+        let mut all = Ok(());
+        loop {
+            for m in messages(self.receive(MsgFlags::empty())?) {
+                let ours = m.seq.wrapping_sub(first) <= last.wrapping_sub(first);
+                let Some(result) = m.result().filter(|_| ours) else {
+                    continue;
+                };
+                // A refused transaction is reported on its first message alone.
+                let over = m.seq == last || (m.seq == first && result.is_err());
+                all = all.and(result);
+                if over {
+                    return all;
+                }
+            }
+        }
     }
 
     /// Sends one request and returns the body of its one answer.
-    pub(crate) fn ask(&mut self, request: &mut Buf) -> io::Result<Vec<u8>> {
-        let (_, seq) = self.send(request)?;
+    pub(crate) fn ask(&mut self, request: Vec<u8>) -> io::Result<Vec<u8>> {
+        let seq = self.send(request, usize::MAX)?;
         loop {
-            for m in messages(self.receive(MsgFlags::empty())?) {
-                if m.seq == seq && m.kind == libc::NLMSG_ERROR as u16 {
-                    let code = u32_at(m.body, 0).unwrap_or_default().cast_signed();
-                    return Err(io::Error::from_raw_os_error(-code));
-                } else if m.seq == seq {
-                    return Ok(m.body.to_vec());
-                }
+            let answer = messages(self.receive(MsgFlags::empty())?).find(|m| m.seq == seq);
+            if let Some(m) = answer {
+                return m.result().unwrap_or(Ok(())).map(|()| m.body.to_vec());
             }
         }
     }
 
-    fn answered(&mut self, first: u32, last: u32) -> io::Result<()> {
-        let mut failed = None;
-        loop {
-            for m in messages(self.receive(MsgFlags::empty())?) {
-                if m.kind != libc::NLMSG_ERROR as u16
-                    || m.seq.wrapping_sub(first) > last.wrapping_sub(first)
-                {
-                    continue;
-                }
-                let code = u32_at(m.body, 0).unwrap_or_default().cast_signed();
-                if code != 0 && failed.is_none() {
-                    failed = Some(io::Error::from_raw_os_error(-code));
-                }
-                // A refused batch is reported on its first message alone.
-                if m.seq == last || (m.seq == first && code != 0) {
-                    return failed.map_or(Ok(()), Err);
-                }
-            }
-        }
-    }
-
-    /// The same for an nf_tables batch, whose end at this offset is never acknowledged.
-    pub(crate) fn run_batch(&mut self, batch: &mut Buf, end: usize) -> io::Result<()> {
-        let messages = messages(&batch.0[..end]).count();
-        let first = self.seq.wrapping_add(1);
-        let last = self
-            .seq
-            .wrapping_add(u32::try_from(messages).unwrap_or(u32::MAX));
-        self.send(batch)?;
-        self.answered(first, last)
-    }
-
-    /// Asks for a dump, and again when the tables changed while it was made.
-    pub(crate) fn dump(
+    /// Asks for a dump, again when the tables changed while it was made, and
+    /// returns what is read from each message's body.
+    pub(crate) fn dump<T>(
         &mut self,
         kind: u16,
         fixed: &[u8],
-        filter: impl Fn(&mut Buf),
-        mut each: impl FnMut(Message<'_>),
-        mut restart: impl FnMut(),
-    ) -> io::Result<()> {
+        attrs: &[u8],
+        read: impl Fn(&[u8], &mut Vec<T>),
+    ) -> io::Result<Vec<T>> {
         for _ in 0..8 {
-            let mut b = Buf::default();
-            b.message(kind, libc::NLM_F_DUMP, fixed, &filter);
-            let (_, seq) = self.send(&mut b)?;
-            let mut interrupted = false;
-            'dump: loop {
-                for m in messages(self.receive(MsgFlags::empty())?) {
-                    if m.seq != seq {
-                        continue;
-                    }
-                    interrupted |= i32::from(m.flags) & libc::NLM_F_DUMP_INTR != 0;
-                    match i32::from(m.kind) {
-                        libc::NLMSG_DONE => break 'dump,
-                        libc::NLMSG_ERROR => {
-                            let code = u32_at(m.body, 0).unwrap_or_default().cast_signed();
-                            return Err(io::Error::from_raw_os_error(-code));
-                        }
-                        _ => each(m),
+            let mut found = Vec::new();
+            let request = message(kind, libc::NLM_F_DUMP, fixed, attrs);
+            let seq = self.send(request, usize::MAX)?;
+            let (mut whole, mut done) = (true, false);
+            while !done {
+                for m in messages(self.receive(MsgFlags::empty())?).filter(|m| m.seq == seq) {
+                    m.result().unwrap_or(Ok(()))?;
+                    whole &= i32::from(m.flags) & libc::NLM_F_DUMP_INTR == 0;
+                    done = m.kind == libc::NLMSG_DONE as u16;
+                    if !done {
+                        read(m.body, &mut found);
                     }
                 }
             }
-            if !interrupted {
-                return Ok(());
+            if whole {
+                return Ok(found);
             }
-            restart();
         }
-        Err(io::Error::other(
-            "a table changed through eight dumps of it",
-        ))
+        let why = "a table changed through eight dumps of it";
+        Err(io::Error::other(why))
     }
 }
 
@@ -311,14 +311,10 @@ mod tests {
 
     #[test]
     fn messages_and_attributes_are_read_back() {
-        let mut b = Buf::default();
-        b.message(16, libc::NLM_F_ACK, &[1, 2, 3, 4], |b| {
-            b.text(3, "rv0").ne32(13, 500).nest(26, |b| {
-                b.attr(8, &[1]);
-            });
-        });
-        b.message(17, 0, &[0; 4], |_| {});
-        let all: Vec<_> = messages(&b.0).collect();
+        let parts = attrs![3 => "rv0", 13 => 500_u32.to_ne_bytes(), 26 => nest![8 => &[1_u8][..]]];
+        let mut b = message(16, 0, &[1, 2, 3, 4], &parts);
+        b.extend(message(17, 0, &[0; 4], &[]));
+        let all: Vec<_> = messages(&b).collect();
         assert_eq!((all.len(), all[0].kind, all[1].kind), (2, 16, 17));
         let body = &all[0].body[4..];
         assert_eq!(text_of(attr_of(body, 3).unwrap()), "rv0");
@@ -328,13 +324,10 @@ mod tests {
 
     #[test]
     fn cut_messages_end_the_walk() {
-        let mut b = Buf::default();
-        b.message(16, 0, &[0; 4], |b| {
-            b.ne32(1, 7);
-        });
-        for n in 0..b.0.len() {
-            assert_eq!(messages(&b.0[..n]).count(), 0, "{n}");
+        let b = message(16, 0, &[0; 4], &attrs![1 => 7]);
+        for n in 0..b.len() {
+            assert_eq!(messages(&b[..n]).count(), 0, "{n}");
         }
-        assert_eq!(attrs(&[3, 0, 1, 0]).count(), 0);
+        assert_eq!(attributes(&[3, 0, 1, 0]).count(), 0);
     }
 }

@@ -1,531 +1,502 @@
-//! nf_tables messages: one batch, applied whole or not at all.
+//! A small language for one nf_tables table, and what it means in netlink.
 //!
-//! Numbers in attributes are big-endian; what a register holds for an
+//! One statement a line, as a line of `nft` would read; `//` begins a comment:
+//!
+//! ```text
+//! counters NAME...                       one named counter each
+//! timeouts NAME FAMILY PROTOCOL SECONDS...   a timeout object, by state
+//! set NAME KEY [verdict|mark] [counter] [interval] [count]
+//! elements SET VALUE...                  prefixes, or numbers of one byte
+//! chain NAME TYPE HOOK PRIORITY          one the kernel calls
+//! chains NAME...                         those that others call
+//! CHAIN: TERM, TERM...                   a rule
+//! ```
+//!
+//! A term compares a field, looks one up, or acts: see [`term`]. A field that
+//! is part of a network header guards itself: in an inet table the bytes may be
+//! the other family's. Numbers in attributes are big-endian; what a register holds for an
 //! interface, a mark or a state is native-endian, as the kernel loads it.
 
 use std::io;
 
-use super::netlink::{Buf, Socket};
+use super::Kernel;
+use super::netlink::{Nest, message};
+use crate::net::Net;
 
-pub(crate) const FAMILY_INET: u8 = 1;
-const SUBSYSTEM: u16 = 10 << 8;
+/// Table of this name, of family inet.
+pub(crate) const NAME: &str = "rvpn";
+pub(crate) const INET: [u8; 4] = [1, 0, 0, 0];
+pub(crate) const SUBSYSTEM: u16 = 10 << 8;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
-
-pub(crate) const NEW_TABLE: u16 = 0;
+const NEW_TABLE: u16 = 0;
 pub(crate) const GET_TABLE: u16 = 1;
-pub(crate) const DEL_TABLE: u16 = 2;
+const DEL_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const NEW_RULE: u16 = 6;
 pub(crate) const GET_RULE: u16 = 7;
 const NEW_SET: u16 = 9;
-const NEW_ELEMENT: u16 = 12;
-const DEL_ELEMENT: u16 = 14;
+pub(crate) const NEW_ELEMENT: u16 = 12;
+pub(crate) const DEL_ELEMENT: u16 = 14;
 const NEW_OBJECT: u16 = 18;
-
+/// Attribute: the table's name, in every message.
 pub(crate) const TABLE: u16 = 1;
+/// Attribute: what user space keeps with a table.
+pub(crate) const USERDATA: u16 = 6;
 /// Elements per message: a nested attribute holds at most 64 KiB.
 const ELEMENTS: usize = 500;
 
 /// First of the four-byte registers; the others follow.
-pub(crate) const R0: u32 = 8;
-pub(crate) const R1: u32 = 9;
+const R0: u32 = 8;
 const VERDICT_REGISTER: u32 = 0;
+const ACCEPT: i32 = 1;
+const DROP: i32 = 0;
+const JUMP: i32 = -3;
+const GOTO: i32 = -4;
+const COUNTER: u32 = 1;
+const TIMEOUT: u32 = 7;
 
-/// Type numbers `nft` shows elements by.
-pub(crate) const TYPE_IPV4: u32 = 7;
-pub(crate) const TYPE_IPV6: u32 = 8;
-pub(crate) const TYPE_PROTOCOL: u32 = 12;
-pub(crate) const TYPE_MARK: u32 = 19;
-pub(crate) const TYPE_IFINDEX: u32 = 20;
-pub(crate) const fn concat(a: u32, b: u32) -> u32 {
-    a << 6 | b
+/// A field of a packet: its name, the expression that loads it, that one's
+/// attributes from the second on, its width. What ends in 4 or 6 is of that family
+/// alone. `payload` takes from the network header (1) or the transport header (2).
+type Field = (&'static str, &'static str, &'static [u32], usize);
+
+const FIELDS: [Field; 20] = [
+    ("iif", "meta", &[4], 4),
+    ("oif", "meta", &[5], 4),
+    ("nfproto", "meta", &[15], 1),
+    ("l4proto", "meta", &[16], 1),
+    ("iifgroup", "meta", &[21], 4),
+    ("oifgroup", "meta", &[22], 4),
+    ("ctstate", "ct", &[0], 4),
+    ("ctmark", "ct", &[3], 4),
+    ("saddrtype", "fib", &[3, 1], 4),
+    ("daddrtype", "fib", &[3, 2], 4),
+    ("words4", "payload", &[1, 0, 1], 1),
+    ("saddr4", "payload", &[1, 12, 4], 4),
+    ("daddr4", "payload", &[1, 16, 4], 4),
+    ("nexthdr6", "payload", &[1, 6, 1], 1),
+    ("saddr6", "payload", &[1, 8, 16], 16),
+    ("shost6", "payload", &[1, 22, 2], 2),
+    ("daddr6", "payload", &[1, 24, 16], 16),
+    ("icmptype", "payload", &[2, 0, 1], 1),
+    ("dport", "payload", &[2, 2, 2], 2),
+    ("tcpflags", "payload", &[2, 13, 1], 1),
+];
+
+/// Terms that stand for others: a packet's family and protocol.
+const SHORT: [(&str, &str); 6] = [
+    ("ip4", "nfproto = 2"),
+    ("ip6", "nfproto = 10"),
+    ("tcp", "l4proto = 6"),
+    ("udp", "l4proto = 17"),
+    ("icmp", "l4proto = 1"),
+    ("icmp6", "l4proto = 58"),
+];
+
+/// Types `nft` shows elements by: name, number, width.
+const TYPES: [(&str, u32, u32); 5] = [
+    ("ipv4", 7, 4),
+    ("ipv6", 8, 16),
+    ("protocol", 12, 1),
+    ("mark", 19, 4),
+    ("ifindex", 20, 4),
+];
+
+/// In the kernel's order.
+const COMPARISONS: [&str; 6] = ["=", "!=", "<", "<=", ">", ">="];
+const HOOKS: [&str; 5] = ["prerouting", "input", "forward", "output", "postrouting"];
+
+/// One expression: its name, then its attributes.
+macro_rules! expr {
+    ($name:expr $(, $kind:expr => $payload:expr)*) => {
+        attrs![1 => nest![1 => $name, 2 => nest![$($kind => $payload),*]]]
+    };
 }
 
-pub(crate) const SET_INTERVAL: u32 = 0x04;
-pub(crate) const SET_MAP: u32 = 0x08;
-pub(crate) const SET_EVAL: u32 = 0x20;
-
-#[derive(Clone, Copy)]
-#[repr(u32)]
-pub(crate) enum Meta {
-    Iif = 4,
-    Oif = 5,
-    NfProto = 15,
-    L4Proto = 16,
-    IifGroup = 21,
-    OifGroup = 22,
+fn verdict(code: i32, chain: &str) -> Nest {
+    let code = attrs![1 => code.cast_unsigned()];
+    let chain = (!chain.is_empty()).then(|| attrs![2 => chain]);
+    Nest([code, chain.unwrap_or_default()].concat())
 }
 
-#[derive(Clone, Copy)]
-#[repr(u32)]
-pub(crate) enum Cmp {
-    Eq = 0,
-    Ne = 1,
-    Le = 3,
-    Ge = 5,
+fn end(code: i32, chain: &str) -> Vec<u8> {
+    expr!("immediate", 1 => VERDICT_REGISTER, 2 => nest![2 => verdict(code, chain)])
 }
 
-#[derive(Clone, Copy)]
-#[repr(u32)]
-pub(crate) enum Base {
-    Network = 1,
-    Transport = 2,
+fn object(kind: u32, name: &str) -> Vec<u8> {
+    expr!("objref", 1 => kind, 2 => name)
 }
 
-#[derive(Clone, Copy)]
-pub(crate) enum Verdict<'a> {
-    Drop,
-    Accept,
-    Jump(&'a str),
-    Goto(&'a str),
+fn cmp(op: u32, bytes: &[u8]) -> Vec<u8> {
+    expr!("cmp", 1 => R0, 2 => op, 3 => nest![1 => bytes])
 }
 
-impl Verdict<'_> {
-    fn put(self, b: &mut Buf) {
-        let (code, chain) = match self {
-            Verdict::Drop => (0, None),
-            Verdict::Accept => (1, None),
-            Verdict::Jump(c) => (-3, Some(c)),
-            Verdict::Goto(c) => (-4, Some(c)),
-        };
-        b.nest(2, |b| {
-            b.be32(1, i32::cast_unsigned(code));
-            if let Some(c) = chain {
-                b.text(2, c);
-            }
-        });
+fn and(reg: u32, mask: &[u8]) -> Vec<u8> {
+    let (len, zero) = (mask.len() as u32, &vec![0; mask.len()][..]);
+    expr!("bitwise", 1 => reg, 2 => reg, 3 => len, 4 => nest![1 => mask], 5 => nest![1 => zero])
+}
+
+fn number(s: &str) -> Option<u32> {
+    match s.strip_prefix("0x") {
+        Some(hex) => u32::from_str_radix(hex, 16).ok(),
+        None => s.parse().ok(),
     }
 }
 
-/// What a map's element leads to.
-#[derive(Clone, Copy)]
-pub(crate) enum Data<'a> {
-    None,
-    Value(u32),
-    Verdict(Verdict<'a>),
-    /// Closes the interval the element before it opened.
-    End,
+/// The first bits of so many bytes.
+fn mask(len: u8, width: usize) -> Vec<u8> {
+    let bits = u128::MAX.checked_shl(128_u32.saturating_sub(len.into()));
+    let bits = bits.unwrap_or(0);
+    bits.to_be_bytes()[..width].to_vec()
 }
 
-/// A named set or map.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Set<'a> {
-    pub(crate) name: &'a str,
-    pub(crate) flags: u32,
-    pub(crate) key_type: u32,
-    pub(crate) key_len: u32,
-    /// Type and length of a map's data; none for verdicts.
-    pub(crate) data: Option<(u32, u32)>,
-    pub(crate) counters: bool,
-    pub(crate) size: u32,
+fn field(s: &str) -> Option<Field> {
+    let name = s.split(['/', '&']).next()?;
+    FIELDS.into_iter().find(|f| f.0 == name)
 }
 
-/// A base chain's place.
-pub(crate) struct Hook {
-    pub(crate) kind: &'static str,
-    pub(crate) number: u32,
-    pub(crate) priority: i32,
+/// A number as the register of a field of this width holds it.
+fn held(n: u32, width: usize) -> Vec<u8> {
+    match width {
+        4 => n.to_ne_bytes().to_vec(),
+        _ => n.to_be_bytes()[4 - width.min(4)..].to_vec(),
+    }
 }
 
-pub(crate) const PREROUTING: u32 = 0;
-pub(crate) const INPUT: u32 = 1;
-pub(crate) const FORWARD: u32 = 2;
-pub(crate) const OUTPUT: u32 = 3;
-pub(crate) const POSTROUTING: u32 = 4;
+/// Loads fields side by side from the first register on: `FIELD.FIELD`, each
+/// maybe masked as `NAME/LENGTH` or `NAME&BITS`.
+fn key(s: &str) -> Option<Vec<u8>> {
+    let (mut guards, mut loads) = (Vec::new(), Vec::new());
+    for (reg, part) in (R0..).zip(s.split('.')) {
+        let (name, expression, values, width) = field(part)?;
+        if let Some(family @ ('4' | '6')) = name.chars().last() {
+            guards.extend(term(&format!("ip{family}"))?);
+        }
+        let values = (2..).zip(values).map(|(kind, v)| attrs![kind => *v]);
+        let all = [attrs![1 => reg], values.flatten().collect()].concat();
+        loads.extend(attrs![1 => nest![1 => expression, 2 => Nest(all)]]);
+        if let Some((_, len)) = part.split_once('/') {
+            loads.extend(and(reg, &mask(len.parse().ok()?, width)));
+        } else if let Some((_, bits)) = part.split_once('&') {
+            loads.extend(and(reg, &held(number(bits)?, width)));
+        }
+    }
+    Some([guards, loads].concat())
+}
 
-/// Messages for one table, gathered and then run.
-pub(crate) struct Batch<'a> {
-    buf: Buf,
-    table: &'a str,
+/// The expressions of one term; `None` when it makes no sense.
+fn term(s: &str) -> Option<Vec<u8>> {
+    if let Some((_, long)) = SHORT.iter().find(|(short, _)| *short == s) {
+        return term(long);
+    }
+    let words: Vec<&str> = s.split_whitespace().collect();
+    let parts = match words[..] {
+        ["accept"] => vec![end(ACCEPT, "")],
+        // Counts by reason.
+        ["drop", reason] => vec![object(COUNTER, reason), end(DROP, "")],
+        ["jump", chain] => vec![end(JUMP, chain)],
+        ["goto", chain] => vec![end(GOTO, chain)],
+        ["timeout", name] => vec![object(TIMEOUT, name)],
+        [fields, "in", set] => vec![key(fields)?, expr!("lookup", 1 => set, 2 => R0)],
+        [fields, "notin", set] => vec![key(fields)?, expr!("lookup", 1 => set, 2 => R0, 5 => 1)],
+        // Takes the verdict the map holds for the key, or goes on.
+        [fields, "vmap", map] => {
+            let look = expr!("lookup", 1 => map, 2 => R0, 3 => VERDICT_REGISTER);
+            vec![key(fields)?, look]
+        }
+        // Marks the flow with what the map holds for the key.
+        [fields, "marks", map] => {
+            let look = expr!("lookup", 1 => map, 2 => R0, 3 => R0);
+            vec![key(fields)?, look, expr!("ct", 2 => 3, 4 => R0)]
+        }
+        // True when the set counts more flows than this with the same key.
+        [fields, "counts", set, "over", most] => {
+            let limit = nest![1 => "connlimit", 2 => nest![1 => number(most)?, 2 => 1]];
+            let count = expr!("dynset", 1 => set, 3 => 0, 4 => R0, 7 => limit);
+            vec![key(fields)?, count]
+        }
+        // Lowers the segment size a SYN offers to what the path carries.
+        ["clamp-segments"] => vec![
+            term("tcp")?,
+            term("tcpflags&6 = 2")?,
+            expr!("rt", 1 => R0, 2 => 3),
+            expr!("byteorder", 1 => R0, 2 => R0, 3 => 1, 4 => 2, 5 => 2),
+            expr!("exthdr", 7 => R0, 2 => &[2][..], 3 => 2, 4 => 2, 6 => 1),
+        ],
+        // To ports nobody here listens on, in an order nobody can guess.
+        ["masquerade", low, high] => {
+            const PORTS_GIVEN: u32 = 1 << 1;
+            const FULLY_RANDOM: u32 = 1 << 4;
+            let port = |p: &str| Some(nest![1 => &p.parse::<u16>().ok()?.to_be_bytes()[..]]);
+            vec![
+                expr!("immediate", 1 => R0, 2 => port(low)?),
+                expr!("immediate", 1 => R0 + 1, 2 => port(high)?),
+                expr!("masq", 1 => PORTS_GIVEN | FULLY_RANDOM, 2 => R0, 3 => R0 + 1),
+            ]
+        }
+        ["masquerade"] => vec![expr!("masq")],
+        // A prefix says which family's field is meant.
+        [field, "=", prefix] if prefix.contains('/') => {
+            let net: Net = prefix.parse().ok()?;
+            let family = if net.width() == 32 { 4 } else { 6 };
+            let masked = format!("{field}{family}/{}", net.len);
+            vec![key(&masked)?, cmp(0, &net.octets())]
+        }
+        [name, op, n] => {
+            let op = COMPARISONS.iter().position(|o| *o == op)? as u32;
+            vec![key(name)?, cmp(op, &held(number(n)?, field(name)?.3))]
+        }
+        _ => return None,
+    };
+    Some(parts.concat())
+}
+
+/// An element of a set or map; `data` is empty, [`mark_data`] or [`goto_data`].
+pub(crate) fn element(key: &[u8], data: &[u8]) -> Vec<u8> {
+    attrs![1 => Nest([attrs![1 => nest![1 => key]], data.to_vec()].concat())]
+}
+
+pub(crate) fn mark_data(mark: u32) -> Vec<u8> {
+    attrs![2 => nest![1 => mark.to_ne_bytes()]]
+}
+
+pub(crate) fn goto_data(chain: &str) -> Vec<u8> {
+    attrs![2 => nest![2 => verdict(GOTO, chain)]]
+}
+
+/// Interval sets hold the first address of each range and, flagged, the one
+/// after its last. Ranges that touch are one.
+fn intervals(mut nets: Vec<Net>) -> Vec<(Vec<u8>, bool)> {
+    nets.sort_unstable_by_key(|n| n.bits());
+    let mut out = Vec::new();
+    for net in nets {
+        let start = net.octets();
+        if out.last() == Some(&(start.clone(), true)) {
+            out.pop();
+        } else {
+            out.push((start, false));
+        }
+        let size = 1_u128 << (net.width() - net.len);
+        let next = net.bits().checked_add(size).unwrap_or(0);
+        if next.trailing_zeros() < net.width().into() {
+            out.push((net.at(size, net.len).octets(), true));
+        }
+    }
+    out
+}
+
+/// Messages for the table, gathered and then run: applied whole or not at all.
+pub(crate) struct Batch {
+    bytes: Vec<u8>,
+    sets: u32,
     /// Rules added, to compare with what a read-back finds.
     pub(crate) rules: usize,
 }
 
-fn header(family: u8) -> [u8; 4] {
-    [family, 0, 0, 0]
-}
-
-impl<'a> Batch<'a> {
-    pub(crate) fn new(table: &'a str) -> Batch<'a> {
-        let mut buf = Buf::default();
-        buf.message(BATCH_BEGIN, 0, &[0, 0, 0, 10], |_| {});
+impl Batch {
+    pub(crate) fn new() -> Batch {
+        let bytes = message(BATCH_BEGIN, 0, &[0, 0, 0, 10], &[]);
         Batch {
-            buf,
-            table,
+            bytes,
+            sets: 0,
             rules: 0,
         }
     }
 
-    fn put(&mut self, op: u16, flags: libc::c_int, f: impl FnOnce(&mut Buf)) {
-        let table = self.table;
-        self.buf
-            .message(SUBSYSTEM | op, flags, &header(FAMILY_INET), |b| {
-                b.text(TABLE, table);
-                f(b);
-            });
+    pub(crate) fn run(self, k: &mut Kernel) -> io::Result<()> {
+        let end = message(BATCH_END, 0, &[0, 0, 0, 10], &[]);
+        k.filter.transact(self.bytes, &end)
+    }
+
+    fn put(&mut self, op: u16, attrs: &[u8]) {
+        let adds = op != DEL_TABLE && op != DEL_ELEMENT;
+        let flags = if adds {
+            libc::NLM_F_CREATE | libc::NLM_F_APPEND
+        } else {
+            0
+        };
+        let attrs = [&attrs![TABLE => NAME], attrs].concat();
+        let message = message(SUBSYSTEM | op, flags, &INET, &attrs);
+        self.bytes.extend(message);
     }
 
     pub(crate) fn new_table(&mut self, comment: &str) {
-        self.put(NEW_TABLE, libc::NLM_F_CREATE, |b| {
-            let mut data = vec![0, u8::try_from(comment.len() + 1).unwrap_or_default()];
-            data.extend(comment.bytes());
-            data.push(0);
-            b.be32(2, 0).attr(6, &data);
-        });
+        let len = u8::try_from(comment.len() + 1).unwrap_or_default();
+        let data = [&[0, len], comment.as_bytes(), &[0]].concat();
+        self.put(NEW_TABLE, &attrs![2 => 0, USERDATA => &data[..]]);
     }
 
     pub(crate) fn delete_table(&mut self) {
-        self.put(DEL_TABLE, 0, |_| {});
+        self.put(DEL_TABLE, &[]);
     }
 
-    pub(crate) fn chain(&mut self, name: &str, hook: Option<Hook>) {
-        self.put(NEW_CHAIN, libc::NLM_F_CREATE, |b| {
-            b.text(3, name);
-            if let Some(h) = hook {
-                b.nest(4, |b| {
-                    b.be32(1, h.number).be32(2, h.priority.cast_unsigned());
-                });
-                b.be32(5, 1).text(7, h.kind);
-            }
-        });
-    }
-
-    pub(crate) fn rule(&mut self, chain: &str, f: impl FnOnce(&mut Rule<'_>)) {
-        self.rules += 1;
-        self.put(NEW_RULE, libc::NLM_F_CREATE | libc::NLM_F_APPEND, |b| {
-            b.text(2, chain).nest(4, |b| f(&mut Rule(b)));
-        });
-    }
-
-    pub(crate) fn set(&mut self, id: u32, set: Set<'_>) {
-        self.put(NEW_SET, libc::NLM_F_CREATE, |b| {
-            b.text(2, set.name)
-                .be32(3, set.flags)
-                .be32(4, set.key_type)
-                .be32(5, set.key_len);
-            if set.flags & SET_MAP != 0 {
-                let (kind, len) = set.data.unwrap_or((0xffff_ff00, 0));
-                b.be32(6, kind);
-                if len != 0 {
-                    b.be32(7, len);
-                }
-            }
-            b.be32(10, id);
-            if set.size != 0 {
-                b.nest(9, |b| {
-                    b.be32(1, set.size);
-                });
-            }
-            if set.counters {
-                b.nest(17, |b| {
-                    b.text(1, "counter").nest(2, |_| {});
-                });
-            }
-        });
-    }
-
-    pub(crate) fn counter(&mut self, name: &str) {
-        self.put(NEW_OBJECT, libc::NLM_F_CREATE, |b| {
-            b.text(2, name).be32(3, 1).nest(4, |b| {
-                b.attr(1, &[0; 8]).attr(2, &[0; 8]);
-            });
-        });
-    }
-
-    /// An object that gives flows timeouts of their own, by state.
-    pub(crate) fn ct_timeout(
-        &mut self,
-        name: &str,
-        family: libc::c_int,
-        proto: u8,
-        states: &[(u16, u32)],
-    ) {
-        self.put(NEW_OBJECT, libc::NLM_F_CREATE, |b| {
-            b.text(2, name).be32(3, 7).nest(4, |b| {
-                b.attr(1, &(family as u16).to_be_bytes())
-                    .attr(2, &[proto])
-                    .nest(3, |b| {
-                        for (state, seconds) in states {
-                            b.be32(*state, *seconds);
-                        }
-                    });
-            });
-        });
-    }
-
-    pub(crate) fn add<'d>(&mut self, set: &str, elements: &[(Vec<u8>, Data<'d>)]) {
-        self.elements(NEW_ELEMENT, libc::NLM_F_CREATE, set, elements);
-    }
-
-    pub(crate) fn remove<'d>(&mut self, set: &str, elements: &[(Vec<u8>, Data<'d>)]) {
-        self.elements(DEL_ELEMENT, 0, set, elements);
+    /// [`NEW_ELEMENT`] or [`DEL_ELEMENT`].
+    pub(crate) fn elements(&mut self, op: u16, set: &str, elements: &[Vec<u8>]) {
+        for some in elements.chunks(ELEMENTS) {
+            self.put(op, &attrs![2 => set, 3 => Nest(some.concat())]);
+        }
     }
 
     /// Removes every element.
     pub(crate) fn clear(&mut self, set: &str) {
-        self.put(DEL_ELEMENT, 0, |b| {
-            b.text(2, set);
-        });
+        self.put(DEL_ELEMENT, &attrs![2 => set]);
     }
 
-    fn elements(&mut self, op: u16, flags: libc::c_int, set: &str, all: &[(Vec<u8>, Data<'_>)]) {
-        for some in all.chunks(ELEMENTS) {
-            self.put(op, flags, |b| {
-                b.text(2, set).nest(3, |b| {
-                    for (key, data) in some {
-                        b.nest(1, |b| {
-                            b.nest(1, |b| {
-                                b.attr(1, key);
-                            });
-                            match *data {
-                                Data::None => {}
-                                Data::Value(v) => {
-                                    b.nest(2, |b| {
-                                        b.attr(1, &v.to_ne_bytes());
-                                    });
-                                }
-                                Data::Verdict(v) => {
-                                    b.nest(2, |b| v.put(b));
-                                }
-                                Data::End => {
-                                    b.be32(3, 1);
-                                }
-                            }
-                        });
-                    }
-                });
-            });
-        }
-    }
-
-    /// Closes the batch and applies it.
-    pub(crate) fn run(mut self, socket: &mut Socket) -> io::Result<()> {
-        // The acknowledgement of the last message stands for all: they are one transaction.
-        let mut at = 0;
-        let mut last = 0;
-        while at < self.buf.0.len() {
-            last = at;
-            let len = super::netlink::u32_at(&self.buf.0, at).unwrap_or(u32::MAX);
-            at += (len as usize).next_multiple_of(4);
-        }
-        self.buf.0[last + 6] |= libc::NLM_F_ACK as u8;
-        let end = self.buf.0.len();
-        self.buf.message(BATCH_END, 0, &[0, 0, 0, 10], |_| {});
-        socket.run_batch(&mut self.buf, end)
-    }
-}
-
-/// The expressions of one rule.
-pub(crate) struct Rule<'a>(&'a mut Buf);
-
-impl Rule<'_> {
-    fn expr(&mut self, name: &str, f: impl FnOnce(&mut Buf)) -> &mut Self {
-        self.0.nest(1, |b| {
-            b.text(1, name).nest(2, f);
-        });
-        self
-    }
-
-    pub(crate) fn meta(&mut self, key: Meta, reg: u32) -> &mut Self {
-        self.expr("meta", |b| {
-            b.be32(1, reg).be32(2, key as u32);
-        })
-    }
-
-    pub(crate) fn cmp(&mut self, reg: u32, op: Cmp, value: &[u8]) -> &mut Self {
-        self.expr("cmp", |b| {
-            b.be32(1, reg).be32(2, op as u32).nest(3, |b| {
-                b.attr(1, value);
-            });
-        })
-    }
-
-    pub(crate) fn meta_is(&mut self, key: Meta, op: Cmp, value: u32) -> &mut Self {
-        self.meta(key, R0).cmp(R0, op, &value.to_ne_bytes())
-    }
-
-    /// Guards every load of a network header: in an inet table the bytes may be the other family's.
-    pub(crate) fn family(&mut self, family: libc::c_int) -> &mut Self {
-        self.meta(Meta::NfProto, R0)
-            .cmp(R0, Cmp::Eq, &[family as u8])
-    }
-
-    pub(crate) fn l4proto(&mut self, proto: libc::c_int) -> &mut Self {
-        self.meta(Meta::L4Proto, R0)
-            .cmp(R0, Cmp::Eq, &[proto as u8])
-    }
-
-    pub(crate) fn payload(&mut self, base: Base, offset: u32, len: u32, reg: u32) -> &mut Self {
-        self.expr("payload", |b| {
-            b.be32(1, reg)
-                .be32(2, base as u32)
-                .be32(3, offset)
-                .be32(4, len);
-        })
-    }
-
-    pub(crate) fn and(&mut self, reg: u32, mask: &[u8]) -> &mut Self {
-        let len = u32::try_from(mask.len()).unwrap_or_default();
-        self.expr("bitwise", |b| {
-            b.be32(1, reg).be32(2, reg).be32(3, len);
-            b.nest(4, |b| {
-                b.attr(1, mask);
-            });
-            b.nest(5, |b| {
-                b.attr(1, &vec![0; mask.len()]);
-            });
-        })
-    }
-
-    pub(crate) fn lookup(&mut self, set: &str, reg: u32, inverted: bool) -> &mut Self {
-        self.expr("lookup", |b| {
-            b.text(1, set).be32(2, reg);
-            if inverted {
-                b.be32(5, 1);
+    /// Adds what a text in the language says.
+    pub(crate) fn compile(&mut self, text: &str) -> io::Result<()> {
+        for line in text.lines().map(str::trim) {
+            if !line.is_empty() && !line.starts_with("//") && self.statement(line).is_none() {
+                let why = format!("no statement for the table: {line}");
+                return Err(io::Error::other(why));
             }
-        })
-    }
-
-    /// Takes the verdict the map holds for the key, or goes on.
-    pub(crate) fn vmap(&mut self, map: &str, reg: u32) -> &mut Self {
-        self.expr("lookup", |b| {
-            b.text(1, map).be32(2, reg).be32(3, VERDICT_REGISTER);
-        })
-    }
-
-    pub(crate) fn map(&mut self, map: &str, reg: u32, to: u32) -> &mut Self {
-        self.expr("lookup", |b| {
-            b.text(1, map).be32(2, reg).be32(3, to);
-        })
-    }
-
-    pub(crate) fn fib_daddr_type(&mut self, op: Cmp, kind: u8) -> &mut Self {
-        self.expr("fib", |b| {
-            b.be32(1, R0).be32(2, 3).be32(3, 2);
-        })
-        .cmp(R0, op, &u32::from(kind).to_ne_bytes())
-    }
-
-    /// The packet claims to come from an address of this host.
-    pub(crate) fn saddr_is_local(&mut self) -> &mut Self {
-        self.expr("fib", |b| {
-            b.be32(1, R0).be32(2, 3).be32(3, 1);
-        })
-        .cmp(R0, Cmp::Eq, &u32::from(libc::RTN_LOCAL).to_ne_bytes())
-    }
-
-    /// True when the flow's state is one of these bits.
-    pub(crate) fn ct_state(&mut self, bits: u32) -> &mut Self {
-        self.expr("ct", |b| {
-            b.be32(1, R0).be32(2, 0);
-        })
-        .and(R0, &bits.to_ne_bytes())
-        .cmp(R0, Cmp::Ne, &[0; 4])
-    }
-
-    pub(crate) fn ct_mark(&mut self, reg: u32) -> &mut Self {
-        self.expr("ct", |b| {
-            b.be32(1, reg).be32(2, 3);
-        })
-    }
-
-    pub(crate) fn set_ct_mark(&mut self, reg: u32) -> &mut Self {
-        self.expr("ct", |b| {
-            b.be32(2, 3).be32(4, reg);
-        })
-    }
-
-    /// True when the key in the register holds more than this many flows.
-    pub(crate) fn ct_count_over(&mut self, set: &str, reg: u32, limit: u32) -> &mut Self {
-        self.expr("dynset", |b| {
-            b.text(1, set).be32(3, 0).be32(4, reg).nest(7, |b| {
-                b.text(1, "connlimit").nest(2, |b| {
-                    b.be32(1, limit).be32(2, 1);
-                });
-            });
-        })
-    }
-
-    pub(crate) fn object(&mut self, kind: u32, name: &str) -> &mut Self {
-        self.expr("objref", |b| {
-            b.be32(1, kind).text(2, name);
-        })
-    }
-
-    pub(crate) fn verdict(&mut self, verdict: Verdict<'_>) -> &mut Self {
-        self.expr("immediate", |b| {
-            b.be32(1, VERDICT_REGISTER).nest(2, |b| verdict.put(b));
-        })
-    }
-
-    /// Counts by reason, then drops.
-    pub(crate) fn drop(&mut self, reason: &str) {
-        self.object(1, reason).verdict(Verdict::Drop);
-    }
-
-    /// Lowers the MSS a SYN offers to what the path carries.
-    pub(crate) fn clamp_mss(&mut self) -> &mut Self {
-        self.l4proto(libc::IPPROTO_TCP)
-            .payload(Base::Transport, 13, 1, R0)
-            .and(R0, &[0x06])
-            .cmp(R0, Cmp::Eq, &[0x02])
-            .expr("rt", |b| {
-                b.be32(1, R0).be32(2, 3);
-            })
-            .expr("byteorder", |b| {
-                b.be32(1, R0).be32(2, R0).be32(3, 1).be32(4, 2).be32(5, 2);
-            })
-            .expr("exthdr", |b| {
-                b.be32(7, R0).attr(2, &[2]).be32(3, 2).be32(4, 2).be32(6, 1);
-            })
-    }
-
-    /// Translates to ports nobody here listens on, in an order nobody can guess.
-    pub(crate) fn masquerade_ports(&mut self, low: u16, high: u16) {
-        const PORTS_GIVEN: u32 = 1 << 1;
-        const FULLY_RANDOM: u32 = 1 << 4;
-        for (reg, port) in [(R0, low), (R1, high)] {
-            self.expr("immediate", |b| {
-                b.be32(1, reg).nest(2, |b| {
-                    b.attr(1, &port.to_be_bytes());
-                });
-            });
         }
-        self.expr("masq", |b| {
-            b.be32(1, PORTS_GIVEN | FULLY_RANDOM)
-                .be32(2, R0)
-                .be32(3, R1);
-        });
+        Ok(())
     }
 
-    pub(crate) fn masquerade(&mut self) {
-        self.expr("masq", |_| {});
+    fn statement(&mut self, line: &str) -> Option<()> {
+        if let Some((chain, terms)) = line.split_once(": ") {
+            let terms: Vec<_> = terms.split(", ").map(term).collect::<Option<_>>()?;
+            let rule = attrs![2 => chain, 4 => Nest(terms.concat())];
+            self.put(NEW_RULE, &rule);
+            self.rules += 1;
+            return Some(());
+        }
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["counters", ref names @ ..] => {
+                let zero = &[0; 8][..];
+                for &name in names {
+                    let counter = attrs![2 => name, 3 => COUNTER, 4 => nest![1 => zero, 2 => zero]];
+                    self.put(NEW_OBJECT, &counter);
+                }
+            }
+            ["timeouts", name, family, proto, ref seconds @ ..] => {
+                let state = |(state, s): (u16, &&str)| Some(attrs![state => number(s)?]);
+                let states: Vec<_> = (1..).zip(seconds).map(state).collect::<Option<_>>()?;
+                let family = &family.parse::<u16>().ok()?.to_be_bytes()[..];
+                let proto = &[proto.parse().ok()?][..];
+                let data = nest![1 => family, 2 => proto, 3 => Nest(states.concat())];
+                self.put(NEW_OBJECT, &attrs![2 => name, 3 => TIMEOUT, 4 => data]);
+            }
+            ["set", name, key, ref features @ ..] => self.set(name, key, features)?,
+            ["elements", set, ref values @ ..] => {
+                let nets = values.iter().map(|v| v.parse().ok()).collect::<Option<_>>();
+                let number = |v: &&str| Some((vec![v.parse::<u8>().ok()?], false));
+                let numbers = || values.iter().map(number).collect::<Option<_>>();
+                let keys: Vec<_> = nets.map(intervals).or_else(numbers)?;
+                let last = |last: bool| if last { attrs![3 => 1] } else { Vec::new() };
+                let all = keys.iter().map(|(key, end)| element(key, &last(*end)));
+                self.elements(NEW_ELEMENT, set, &all.collect::<Vec<_>>());
+            }
+            ["chains", ref names @ ..] => {
+                for &name in names {
+                    self.put(NEW_CHAIN, &attrs![3 => name]);
+                }
+            }
+            ["chain", name, kind, hook, priority] => {
+                let hook = HOOKS.iter().position(|h| *h == hook)? as u32;
+                let priority = priority.parse::<i32>().ok()?.cast_unsigned();
+                let place = nest![1 => hook, 2 => priority];
+                let chain = attrs![3 => name, 4 => place, 5 => ACCEPT.cast_unsigned(), 7 => kind];
+                self.put(NEW_CHAIN, &chain);
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    fn set(&mut self, name: &str, key: &str, features: &[&str]) -> Option<()> {
+        let of = |name: &str| TYPES.iter().find(|t| t.0 == name).map(|t| (t.1, t.2));
+        let parts: Vec<_> = key.split('.').map(of).collect::<Option<_>>()?;
+        let kind = parts.iter().fold(0, |all, part| all << 6 | part.0);
+        let len = parts.iter().map(|p| p.1).sum::<u32>();
+        let (mut flags, mut rest) = (0, Vec::new());
+        for feature in features {
+            let (flag, attrs) = match *feature {
+                "interval" => (0x04, vec![]),
+                "verdict" => (0x08, attrs![6 => 0xffff_ff00]),
+                "mark" => (0x08, attrs![6 => of("mark")?.0, 7 => 4]),
+                "count" => (0x20, attrs![9 => nest![1 => 65_535]]),
+                "counter" => (0, attrs![17 => nest![1 => "counter", 2 => nest![]]]),
+                _ => return None,
+            };
+            flags |= flag;
+            rest.extend(attrs);
+        }
+        self.sets += 1;
+        let attrs = attrs![2 => name, 3 => flags, 4 => kind, 5 => len, 10 => self.sets];
+        self.put(NEW_SET, &[attrs, rest].concat());
+        Some(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::netlink::{attr_of, messages};
+    use crate::kernel::netlink::{attr_of, attributes, messages, text_of};
 
     #[test]
-    fn a_batch_is_one_transaction_acknowledged_once() {
-        let mut batch = Batch::new("t");
+    fn a_rule_becomes_its_expressions() {
+        let mut batch = Batch::new();
         batch.new_table("note");
-        batch.rule("c", |r| r.meta_is(Meta::Iif, Cmp::Eq, 7).drop("why"));
-        let bytes = batch.buf.0;
+        batch.compile("c: iifgroup = 7, drop why").unwrap();
+        let bytes = batch.bytes;
         let all: Vec<_> = messages(&bytes).collect();
         assert_eq!(
             all.iter().map(|m| m.kind).collect::<Vec<_>>(),
             [BATCH_BEGIN, SUBSYSTEM | NEW_TABLE, SUBSYSTEM | NEW_RULE]
         );
         let rule = &all[2].body[4..];
-        assert_eq!(attr_of(rule, TABLE), Some(&b"t\0"[..]));
+        assert_eq!(attr_of(rule, TABLE), Some(&b"rvpn\0"[..]));
         let expressions = attr_of(rule, 4).unwrap();
-        let names: Vec<_> = crate::kernel::netlink::attrs(expressions)
-            .map(|(_, e)| crate::kernel::netlink::text_of(attr_of(e, 1).unwrap()))
+        let names: Vec<_> = attributes(expressions)
+            .map(|(_, e)| text_of(attr_of(e, 1).unwrap()))
             .collect();
         assert_eq!(names, ["meta", "cmp", "objref", "immediate"]);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for bad in [
+            "nothing",
+            "c: iifgroup",
+            "c: iffgroup = 1",
+            "c: iif ~ 1",
+            "c: iif = x",
+            "c: daddr = 10.0.0.1/8",
+            "c: saddr4/x in s",
+            "chain c filter nowhere 0",
+            "set s ipv5",
+            "set s ipv4 verdikt",
+            "elements s 10.0.0.0",
+            "elements s 256",
+            "timeouts t 2 6 soon",
+        ] {
+            assert!(Batch::new().compile(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn intervals_merge_and_close() {
+        let nets = ["0.0.0.0/8", "1.0.0.0/8", "240.0.0.0/4"].map(|n| n.parse().unwrap());
+        assert_eq!(
+            intervals(nets.to_vec()),
+            [
+                (vec![0, 0, 0, 0], false),
+                (vec![2, 0, 0, 0], true),
+                (vec![240, 0, 0, 0], false),
+            ]
+        );
+        let nets = ["2000::/3", "8000::/1"].map(|n| n.parse().unwrap());
+        assert_eq!(intervals(nets.to_vec()).len(), 3);
+    }
+
+    #[test]
+    fn masks_have_their_length() {
+        assert_eq!(mask(24, 4), [255, 255, 255, 0]);
+        assert_eq!(mask(10, 4), [255, 0xc0, 0, 0]);
+        assert_eq!(mask(112, 16)[14..], [0, 0]);
+        assert_eq!(mask(0, 4), [0; 4]);
     }
 }

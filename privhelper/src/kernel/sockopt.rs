@@ -1,25 +1,14 @@
 //! A socket option that has no wrapper.
 #![expect(unsafe_code, reason = "setsockopt by number")]
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
 
 /// Has the kernel honour what a dump asks for, an interface's addresses alone for one.
-pub(crate) fn set_strict(socket: impl AsFd) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: on is a live int and its size is passed along.
-    let ret = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_NETLINK,
-            libc::NETLINK_GET_STRICT_CHK,
-            (&raw const on).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    if ret < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+pub(crate) fn set_strict(socket: &OwnedFd) -> nix::Result<()> {
+    let (option, on) = (libc::NETLINK_GET_STRICT_CHK, 1_i32);
+    let (fd, value) = (socket.as_raw_fd(), (&raw const on).cast());
+    // SAFETY: value points to a live int and the length is that of one.
+    Errno::result(unsafe { libc::setsockopt(fd, libc::SOL_NETLINK, option, value, 4) }).map(drop)
 }

@@ -1,19 +1,17 @@
 //! What others do to our devices, rules and uplinks: noticed by notification,
 //! confirmed by asking the kernel, then repaired.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::MsgFlags;
 use rvpn_ipc::{Reply, Slot, Status};
 
-use super::{RETRY, Server, element};
+use super::{RETRY, Server};
 use crate::apply;
-use crate::config::{Net, Uplink};
-use crate::kernel::netlink::{attr_of, messages, text_of, u32_at};
-use crate::kernel::nft;
-use crate::kernel::{host, link, ruleset};
+use crate::kernel::netlink::{attr_of, text_of, u32_at};
+use crate::kernel::{host, link, nft, ruleset};
+use crate::net::Net;
 use crate::plan;
 
 /// Links, addresses of both families, routes of both families.
@@ -31,9 +29,10 @@ pub(super) struct Doubts {
     pub(super) rules: bool,
     /// Somebody else changed our table.
     tampered: bool,
-    slots: Vec<Slot>,
+    slots: BTreeSet<Slot>,
     everything: bool,
     uplinks: Option<Instant>,
+    /// The table could not be restored: when to try again.
     retry: Option<Instant>,
 }
 
@@ -41,95 +40,75 @@ impl Doubts {
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         [self.uplinks, self.retry].into_iter().flatten().min()
     }
+
+    fn all(&mut self) {
+        self.everything = true;
+        self.uplinks = Some(Instant::now() + SETTLE);
+    }
 }
 
 impl Server {
     pub(super) fn read_links(&mut self) {
-        let named = matches!(self.config.uplink, Uplink::Named(_));
-        loop {
-            let data = match self.links.receive(MsgFlags::MSG_DONTWAIT) {
-                Ok(data) => data,
-                Err(nix::Error::EAGAIN) => return,
-                Err(_) => {
-                    // Some were lost: look at all of it.
-                    self.doubts.everything = true;
-                    self.doubts.uplinks = Some(Instant::now() + SETTLE);
-                    continue;
-                }
-            };
-            for m in messages(data) {
-                match m.kind {
-                    libc::RTM_NEWLINK | libc::RTM_DELLINK => {
-                        let Some(l) = link::parse_link(m.body) else {
-                            continue;
-                        };
-                        match plan::slot_of(&l.name) {
-                            Some(slot) if self.pool.index(slot) == l.index => {
-                                let well = m.kind == libc::RTM_NEWLINK
-                                    && apply::is_sound(&self.config, &l);
-                                if !well && !self.doubts.slots.contains(&slot) {
-                                    self.doubts.slots.push(slot);
-                                }
-                            }
-                            None if named => self.doubts.uplinks = Some(Instant::now() + SETTLE),
-                            _ => {}
-                        }
+        let (config, pool, doubts) = (&self.config, &self.pool, &mut self.doubts);
+        let soon = Some(Instant::now() + SETTLE);
+        let lost = self.links.drain(|m| match m.kind {
+            libc::RTM_NEWLINK | libc::RTM_DELLINK => {
+                let Some(l) = link::parse_link(m.body) else {
+                    return;
+                };
+                let gone = m.kind == libc::RTM_DELLINK;
+                let ill = gone || !apply::is_sound(config, &l);
+                match plan::slot_of(&l.name) {
+                    Some(slot) if ill && pool.index(slot) == l.index => {
+                        doubts.slots.insert(slot);
                     }
-                    libc::RTM_DELADDR => {
-                        let index = u32_at(m.body, 4).unwrap_or(0);
-                        let slot = self.pool.devices().find(|d| d.1 == index).map(|d| d.0);
-                        if let Some(slot) = slot.filter(|s| !self.doubts.slots.contains(s)) {
-                            self.doubts.slots.push(slot);
-                        }
-                    }
-                    // A default route came or went.
-                    libc::RTM_NEWROUTE | libc::RTM_DELROUTE if m.body.get(1) == Some(&0) => {
-                        self.doubts.uplinks = Some(Instant::now() + SETTLE);
-                    }
+                    None if !config.uplink.is_empty() => doubts.uplinks = soon,
                     _ => {}
                 }
             }
+            libc::RTM_DELADDR => {
+                let index = u32_at(m.body, 4).unwrap_or(0);
+                let found = pool.devices().find(|d| d.1 == index);
+                doubts.slots.extend(found.map(|d| d.0));
+            }
+            // A default route came or went.
+            libc::RTM_NEWROUTE | libc::RTM_DELROUTE if m.body.get(1) == Some(&0) => {
+                doubts.uplinks = soon;
+            }
+            _ => {}
+        });
+        if lost {
+            self.doubts.all();
         }
     }
 
     pub(super) fn read_tables(&mut self) {
         let own = [self.kernel.filter.port, self.cleaner.port];
-        loop {
-            match self.tables.receive(MsgFlags::MSG_DONTWAIT) {
-                Ok(data) => {
-                    for m in messages(data).filter(|m| !own.contains(&m.port)) {
-                        let table = m
-                            .body
-                            .get(4..)
-                            .and_then(|b| attr_of(b, nft::TABLE))
-                            .map(text_of);
-                        self.doubts.tampered |= table.as_deref() == Some(ruleset::NAME);
-                    }
-                }
-                Err(nix::Error::EAGAIN) => return,
-                Err(_) => self.doubts.rules = true,
-            }
-        }
+        let doubts = &mut self.doubts;
+        let lost = self.tables.drain(|m| {
+            let table = m.body.get(4..).and_then(|b| attr_of(b, nft::TABLE));
+            let ours = table.map(text_of).as_deref() == Some(nft::NAME);
+            doubts.tampered |= ours && !own.contains(&m.port);
+        });
+        self.doubts.rules |= lost;
     }
 
     /// What cannot be settled now is looked at again, all of it.
     pub(super) fn settle_doubts(&mut self) {
         if let Err(e) = self.try_settle() {
-            say!(3, "the kernel could not be asked, trying again: {e}");
-            self.doubts.everything = true;
-            self.doubts.uplinks = Some(Instant::now() + SETTLE);
+            say!(error: "the kernel could not be asked, trying again: {e}");
+            self.doubts.all();
         }
     }
 
     fn try_settle(&mut self) -> io::Result<()> {
         let now = Instant::now();
-        let due = self.doubts.retry.is_none_or(|t| t <= now);
-        let asked = self.doubts.tampered || self.doubts.rules || self.doubts.retry.is_some();
-        if due && asked {
-            let (tampered, retried) = (self.doubts.tampered, self.doubts.retry.is_some());
+        let d = &mut self.doubts;
+        let certain = d.tampered || d.retry.is_some();
+        if (certain || d.rules) && d.retry.is_none_or(|t| t <= now) {
             let whole = ruleset::rules_present(&mut self.kernel)? == self.rules;
-            (self.doubts.tampered, self.doubts.rules) = (false, false);
-            if tampered || retried || !whole {
+            (d.tampered, d.rules) = (false, false);
+            if certain || !whole {
                 self.restore_rules();
             }
         }
@@ -150,103 +129,71 @@ impl Server {
 
     /// The notification may be old news, or our own doing: what counts is how it is now.
     fn look_at(&mut self, slot: Slot) -> io::Result<()> {
-        let index = self.pool.index(slot);
-        let leased = self.pool.tag(slot).lease.is_some();
-        let well = index != 0
-            && link::get(&mut self.kernel.route, index)
-                .is_ok_and(|l| apply::is_sound(&self.config, &l))
-            && apply::addressed(&mut self.kernel, &self.config, slot, index, leased)
-                .unwrap_or(false);
+        let (k, index) = (&mut self.kernel, self.pool.index(slot));
+        let leased = self.pool.lease(slot).is_some();
+        let found = link::get(k, index).ok().filter(|_| index != 0);
+        let sound = found.is_some_and(|l| apply::is_sound(&self.config, &l));
+        let well = sound && apply::addressed(k, slot, index, leased).unwrap_or(false);
         if well { Ok(()) } else { self.lose(slot) }
     }
 
     /// The same for all of them, by two dumps instead of two questions each.
     fn look_at_all(&mut self) -> io::Result<()> {
-        let found = apply::survey(&mut self.kernel, &self.config)?.ours;
-        let links: HashMap<u32, bool> = found.iter().map(|d| (d.index, d.sound)).collect();
-        let addresses: HashSet<(u32, Net)> = link::addresses(&mut self.kernel.route)?
-            .into_iter()
-            .map(|f| (f.index, f.net))
-            .collect();
-        let ill: Vec<Slot> = self
-            .pool
-            .devices()
-            .filter(|&(slot, index)| {
-                let (v4, v6) = plan::hosts(&self.config, slot);
-                let leased = self.pool.tag(slot).lease.is_some();
-                links.get(&index) != Some(&true)
-                    || !addresses.contains(&(index, Net::V4(v4)))
-                    || leased && !addresses.contains(&(index, Net::V6(v6)))
-            })
-            .map(|d| d.0)
-            .collect();
-        for slot in ill {
-            self.lose(slot)?;
-        }
-        Ok(())
+        let found = apply::survey(&mut self.kernel)?.ours;
+        let sound: HashMap<u32, bool> = found.iter().map(|d| (d.index, d.sound)).collect();
+        let found = link::addresses(&mut self.kernel, None)?;
+        let addresses: HashSet<(u32, Net)> = found.iter().map(|f| (f.index, f.net)).collect();
+        let ill = |&(slot, index): &(Slot, u32)| {
+            let [v4, v6] = plan::hosts(&self.config, slot);
+            let open = self.pool.lease(slot).is_some();
+            let has = |net| addresses.contains(&(index, net));
+            !has(v4) || open && !has(v6) || sound.get(&index) != Some(&true)
+        };
+        let ill: Vec<_> = self.pool.devices().filter(ill).collect();
+        ill.into_iter().try_for_each(|(slot, _)| self.lose(slot))
     }
 
     /// What was noticed while the pool was made is our own doing; whatever else happened then shows.
     pub(super) fn start_watching(&mut self) {
-        while !matches!(
-            self.links.receive(MsgFlags::MSG_DONTWAIT),
-            Err(nix::Error::EAGAIN)
-        ) {}
-        while !matches!(
-            self.tables.receive(MsgFlags::MSG_DONTWAIT),
-            Err(nix::Error::EAGAIN)
-        ) {}
-        self.doubts.everything = true;
-        self.doubts.rules = true;
+        self.links.drain(|_| {});
+        self.tables.drain(|_| {});
+        (self.doubts.everything, self.doubts.rules) = (true, true);
         self.doubts.uplinks = Some(Instant::now());
         self.settle_doubts();
     }
 
     /// Nothing is forwarded until the table is back.
     fn restore_rules(&mut self) {
-        say!(
-            3,
-            "the table inet rvpn was changed or removed by somebody else: closing the way out and restoring it"
-        );
+        say!(error: "the table inet rvpn was changed or removed by somebody else: closing the way out and restoring it");
         self.peers.tell_all(&Reply::notice(Status::RulesLost, 0, 0));
-        let live: Vec<_> = self
-            .pool
-            .live()
-            .map(|l| element(l.slot, l.index, l.lease))
-            .collect();
-        match apply::restore_rules(&mut self.kernel, &self.config, &self.uplinks, &live) {
+        match apply::restore_rules(&mut self.kernel, &self.uplinks, &self.pool.live()) {
             Ok(rules) => {
                 self.rules = rules;
                 self.doubts.retry = None;
-                say!(5, "the table inet rvpn is back");
-                self.peers
-                    .tell_all(&Reply::notice(Status::RulesRestored, 0, 0));
+                say!(notice: "the table inet rvpn is back");
+                let notice = Reply::notice(Status::RulesRestored, 0, 0);
+                self.peers.tell_all(&notice);
             }
             Err(e) => {
-                say!(3, "the table could not be restored, trying again: {e}");
+                say!(error: "the table could not be restored, trying again: {e}");
                 self.doubts.retry = Some(Instant::now() + RETRY);
             }
         }
     }
 
     fn follow_uplinks(&mut self) -> io::Result<()> {
-        let uplinks = host::uplinks(&mut self.kernel, &self.config)?;
+        let k = &mut self.kernel;
+        let uplinks = host::uplinks(k)?;
         if uplinks == self.uplinks {
             return Ok(());
         }
-        let opened = ruleset::set_uplinks(&mut self.kernel, &uplinks)
-            .and_then(|()| apply::open_uplinks(&mut self.kernel, &self.config, &uplinks));
-        match opened {
+        match ruleset::set_uplinks(k, &uplinks).and_then(|()| apply::open_uplinks(k, &uplinks)) {
             Ok(()) => {
-                say!(
-                    5,
-                    "client traffic now leaves by {} uplink(s)",
-                    uplinks.len()
-                );
+                say!(notice: "client traffic now leaves by {} uplink(s)", uplinks.len());
                 self.uplinks = uplinks;
             }
             Err(e) => {
-                say!(3, "the uplinks could not be followed, trying again: {e}");
+                say!(error: "the uplinks could not be followed, trying again: {e}");
                 self.doubts.uplinks = Some(Instant::now() + RETRY);
             }
         }

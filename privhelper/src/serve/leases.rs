@@ -7,12 +7,11 @@ use std::time::{Duration, Instant};
 use rvpn_ipc::frame::{FLAG_RESUMED, FLAG_SUCCESSOR};
 use rvpn_ipc::{Op, Reply, Request, Slot, Status};
 
-use super::{RETRY, Server, element};
+use super::{RETRY, Server};
 use crate::apply;
-use crate::kernel::ruleset;
-use crate::kernel::{link, tun};
-use crate::plan::{self, LeaseTag, Tag};
-use crate::pool::{Acquired, Holder, LET_GO, lease};
+use crate::kernel::{link, ruleset, tun};
+use crate::plan::{self, LeaseTag, Live, Tag};
+use crate::pool::{Acquired, Holder, LET_GO};
 
 /// Requests read from one peer before the others have their turn.
 const TURN: usize = 16;
@@ -26,26 +25,28 @@ pub(super) struct Pending {
     until: Instant,
 }
 
-/// How far an acquire got.
-enum Outcome {
-    Granted(Reply, Option<OwnedFd>),
-    Refused(Status, Duration),
-    Wait,
+/// What is sent back, with the TUN of a lease.
+type Answer = (Reply, Option<OwnedFd>);
+
+fn milliseconds(d: Duration) -> u32 {
+    u32::try_from(d.as_millis()).unwrap_or(u32::MAX)
+}
+
+fn refused(r: &Request, status: Status, after: Duration) -> Reply {
+    let mut reply = Reply::to(r, status);
+    reply.retry_after_ms = milliseconds(after);
+    reply
 }
 
 impl Server {
     pub(super) fn serve_peers(&mut self, ready: &[bool]) -> io::Result<()> {
-        let ids: Vec<_> = (0..ready.len() / 2)
-            .filter_map(|i| self.peers.id_at(i))
-            .collect();
+        let ids = self.peers.ids();
         for (id, flags) in ids.into_iter().zip(ready.chunks_exact(2)) {
-            if flags[0] {
-                for _ in 0..TURN {
-                    let Some(request) = self.peers.read(id, Instant::now()) else {
-                        break;
-                    };
-                    self.handle(id, &request)?;
-                }
+            for _ in 0..if flags[0] { TURN } else { 0 } {
+                let Some(request) = self.peers.read(id, Instant::now()) else {
+                    break;
+                };
+                self.handle(id, &request)?;
             }
             if flags[1] {
                 self.peers.process_gone(id);
@@ -59,165 +60,119 @@ impl Server {
     pub(super) fn bury_peers(&mut self) {
         for id in self.peers.bury() {
             self.pending.retain(|p| p.holder != id);
-            self.pool
-                .holder_gone(id, Instant::now() + self.config.linger);
+            let until = Instant::now() + self.config.linger;
+            self.pool.holder_gone(id, until);
         }
     }
 
     fn handle(&mut self, id: Holder, r: &Request) -> io::Result<()> {
+        let said = |status| Reply::to(r, status);
         let greeted = self.peers.get(id).is_some_and(|p| p.greeted);
-        if greeted == (r.op == Op::Hello) {
-            self.answer(id, &Reply::to(r, Status::OutOfOrder), None);
-            self.peers.close(id);
-            return Ok(());
-        }
-        let status = match r.op {
-            Op::Hello => return self.hello(id, r),
-            Op::Describe => {
-                let reply = self.with_figures(Reply::to(r, Status::Ok));
-                self.answer(id, &reply, None);
-                return Ok(());
+        // One gateway, or a second that says it is the successor.
+        let room = usize::from(r.flags & FLAG_SUCCESSOR) + 1;
+        let reply = match r.op {
+            op if greeted == (op == Op::Hello) => {
+                self.peers.close(id);
+                said(Status::OutOfOrder)
             }
+            Op::Hello if self.peers.greeted() >= room => {
+                self.peers.close(id);
+                said(Status::TwoGateways)
+            }
+            Op::Hello => {
+                self.peers.greet(id);
+                self.with_figures(said(Status::Ok))
+            }
+            Op::Describe => self.with_figures(said(Status::Ok)),
             Op::Acquire => return self.acquire(id, r),
-            Op::Confirm => {
-                if self.pool.confirm(r.slot, r.generation, r.key, id) {
-                    let reply = self.with_lease(Reply::to(r, Status::Ok), r.slot);
-                    self.answer(id, &reply, None);
-                    return Ok(());
-                }
-                Status::UnknownLease
+            Op::Confirm if self.pool.confirm(r.slot, r.generation, r.key, id) => {
+                self.with_lease(said(Status::Ok), r.slot)
             }
-            Op::Linger if !self.config.linger.is_zero() => {
-                let until = Instant::now() + self.config.linger;
-                let known = self.pool.linger(r.slot, r.generation, id, until);
-                if known {
-                    Status::Ok
-                } else {
-                    Status::UnknownLease
-                }
-            }
+            Op::Confirm => said(Status::UnknownLease),
             Op::Linger | Op::Release => {
-                let lease = self.pool_lease(r.slot);
-                if self.pool.release(r.slot, r.generation, id) {
-                    self.clean(r.slot, lease)?;
+                let lingers = r.op == Op::Linger && !self.config.linger.is_zero();
+                let until = lingers.then(|| Instant::now() + self.config.linger);
+                let known = self.pool.end(r.slot, r.generation, id, until);
+                if known && !lingers {
+                    self.clean(r.slot)?;
+                }
+                said(if known {
                     Status::Ok
                 } else {
                     Status::UnknownLease
-                }
+                })
             }
         };
-        self.answer(id, &Reply::to(r, status), None);
-        Ok(())
-    }
-
-    fn pool_lease(&self, slot: Slot) -> Option<LeaseTag> {
-        (slot < self.pool.len())
-            .then(|| self.pool.tag(slot).lease)
-            .flatten()
-    }
-
-    fn answer(&mut self, id: Holder, reply: &Reply, fd: Option<OwnedFd>) {
-        if let Some(p) = self.peers.get(id) {
-            p.send(reply, fd);
-        }
-    }
-
-    /// One gateway, or a second that says it is the successor.
-    fn hello(&mut self, id: Holder, r: &Request) -> io::Result<()> {
-        let room = if r.flags & FLAG_SUCCESSOR != 0 { 2 } else { 1 };
-        if self.peers.greeted() >= room {
-            self.answer(id, &Reply::to(r, Status::TwoGateways), None);
-            self.peers.close(id);
-            return Ok(());
-        }
-        self.peers.greet(id);
-        let reply = self.with_figures(Reply::to(r, Status::Ok));
-        self.answer(id, &reply, None);
+        self.peers.send(id, &reply, None);
         Ok(())
     }
 
     fn with_figures(&self, reply: Reply) -> Reply {
-        let c = self.pool.counts();
-        let offload = if self.config.offload {
-            tun::OFFLOAD_TCP | tun::OFFLOAD_UDP
-        } else {
-            0
-        };
+        let (c, config) = (self.pool.counts(), &self.config);
         Reply {
-            mtu: self.config.mtu,
-            nat_low: self.config.nat_low,
-            nat_high: self.config.nat_high,
-            offload,
-            v4: self.config.pool4.addr,
-            v6: self.config.pool6.addr,
-            stream4: self.config.stream4.addr,
-            stream6: self.config.stream6.addr,
+            mtu: config.mtu,
+            nat_low: config.nat_low,
+            nat_high: config.nat_high,
+            offload: if config.offload { tun::OFFLOAD } else { 0 },
+            v4: config.pool4.v4(),
+            v6: config.pool6.v6(),
+            stream4: config.stream4.v4(),
+            stream6: config.stream6.v6(),
             slots: self.pool.len(),
             free: c.free,
             leased: c.leased,
             lingering: c.lingering,
             cleaning: c.cleaning,
-            linger_ms: u32::try_from(self.config.linger.as_millis()).unwrap_or(u32::MAX),
+            linger_ms: milliseconds(config.linger),
             ..reply
         }
     }
 
     fn with_lease(&self, reply: Reply, slot: Slot) -> Reply {
+        let [v4, v6] = plan::prefixes(&self.config, slot);
+        let [stream4, stream6] = plan::streams(&self.config, slot);
         Reply {
             slot,
-            generation: self.pool.tag(slot).generation,
-            v4: plan::v4_base(self.config.pool4, slot),
-            v6: plan::v6_base(self.config.pool6, slot),
-            stream4: plan::stream4(&self.config, slot),
-            stream6: plan::stream6(&self.config, slot),
+            generation: self.pool.generation(slot),
+            v4: v4.v4(),
+            v6: v6.v6(),
+            stream4: stream4.v4(),
+            stream6: stream6.v6(),
             ..self.with_figures(reply)
         }
     }
 
     fn acquire(&mut self, id: Holder, r: &Request) -> io::Result<()> {
         if !self.config.classes.iter().any(|c| c.number == r.class) {
-            self.answer(id, &Reply::to(r, Status::UnknownClass), None);
+            let unknown = Reply::to(r, Status::UnknownClass);
+            self.peers.send(id, &unknown, None);
             return Ok(());
         }
-        if let Acquired::Held {
-            slot,
-            generation,
-            holder,
-        } = self.pool.find(r.key)
-            && let Some(p) = self.peers.get(holder)
-        {
-            p.send(&Reply::notice(Status::TakenOver, slot, generation), None);
+        if let Acquired::Held(slot, generation, holder) = self.pool.find(r.key) {
+            let notice = Reply::notice(Status::TakenOver, slot, generation);
+            self.peers.send(holder, &notice, None);
         }
-        if self.pending.iter().any(|p| p.request.key == r.key) {
-            self.refuse(id, r, Status::Busy, RETRY);
-            return Ok(());
-        }
+        let busy = (refused(r, Status::Busy, RETRY), None);
+        let waiting = self.pending.iter().any(|p| p.request.key == r.key);
         let until = Instant::now() + LET_GO;
-        match self.attempt(id, r, false)? {
-            Outcome::Wait if self.pending.len() < WAITING => {
+        let answer = if waiting {
+            Some(busy)
+        } else {
+            self.attempt(id, r, false)?
+        };
+        match answer {
+            Some((reply, fd)) => self.peers.send(id, &reply, fd),
+            None if self.pending.len() < WAITING => {
+                let (holder, request) = (id, *r);
                 self.pending.push(Pending {
-                    holder: id,
-                    request: *r,
+                    holder,
+                    request,
                     until,
                 });
             }
-            Outcome::Wait => self.refuse(id, r, Status::Busy, RETRY),
-            Outcome::Granted(reply, fd) => self.answer(id, &reply, fd),
-            Outcome::Refused(status, after) => self.refuse(id, r, status, after),
+            None => self.peers.send(id, &refused(r, Status::Busy, RETRY), None),
         }
         Ok(())
-    }
-
-    fn refuse(&mut self, id: Holder, r: &Request, status: Status, after: Duration) {
-        let retry_after_ms = u32::try_from(after.as_millis()).unwrap_or(u32::MAX);
-        self.answer(
-            id,
-            &Reply {
-                retry_after_ms,
-                ..Reply::to(r, status)
-            },
-            None,
-        );
     }
 
     pub(super) fn retry_pending(&mut self, now: Instant) -> io::Result<()> {
@@ -227,67 +182,56 @@ impl Server {
             let force = now >= p.until && !forced;
             forced |= force;
             match self.attempt(p.holder, &p.request, force)? {
-                Outcome::Wait => self.pending.push(p),
-                Outcome::Granted(reply, fd) => self.answer(p.holder, &reply, fd),
-                Outcome::Refused(status, after) => self.refuse(p.holder, &p.request, status, after),
+                Some((reply, fd)) => self.peers.send(p.holder, &reply, fd),
+                None => self.pending.push(p),
             }
         }
         Ok(())
     }
 
-    /// Tries to open the slot a key leads to. With `force` a device somebody still holds is made again.
-    fn attempt(&mut self, id: Holder, r: &Request, force: bool) -> io::Result<Outcome> {
+    /// Tries to open the slot a key leads to; `None` while somebody still holds
+    /// its device. With `force` such a device is made again.
+    fn attempt(&mut self, id: Holder, r: &Request, force: bool) -> io::Result<Option<Answer>> {
         let Some(kind) = r.kind else {
-            return Ok(Outcome::Refused(Status::Failed, RETRY));
+            return Ok(Some((refused(r, Status::Failed, RETRY), None)));
         };
-        let wanted = lease(r.key, kind, r.class);
+        let wanted = LeaseTag::new(r.key, kind, r.class);
         // A free slot whose device turns out to be lost costs another try.
         for _ in 0..3 {
             let (slot, resumed) = match self.pool.find(r.key) {
                 Acquired::Fresh(slot) => (slot, false),
-                Acquired::Resumed(slot) | Acquired::Held { slot, .. } => (slot, true),
+                Acquired::Resumed(slot) | Acquired::Held(slot, ..) => (slot, true),
                 Acquired::Full => {
-                    return Ok(Outcome::Refused(Status::NoCapacity, self.retry_after()));
+                    let full = refused(r, Status::NoCapacity, self.retry_after());
+                    return Ok(Some((full, None)));
                 }
             };
             match self.open(id, slot, wanted, resumed, force) {
                 Ok((fd, offload)) => {
-                    let flags = if resumed { FLAG_RESUMED } else { 0 };
-                    let reply = self.with_lease(
-                        Reply {
-                            flags,
-                            ..Reply::to(r, Status::Ok)
-                        },
-                        slot,
-                    );
+                    let mut reply = self.with_lease(Reply::to(r, Status::Ok), slot);
+                    reply.flags = if resumed { FLAG_RESUMED } else { 0 };
+                    reply.offload = offload;
                     let fd = kind.has_tun().then_some(fd);
-                    return Ok(Outcome::Granted(Reply { offload, ..reply }, fd));
+                    return Ok(Some((reply, fd)));
                 }
-                Err(e) if resumed && e.raw_os_error() == Some(libc::EBUSY) => {
-                    return Ok(Outcome::Wait);
-                }
+                Err(e) if resumed && e.raw_os_error() == Some(libc::EBUSY) => return Ok(None),
                 Err(e) => {
-                    say!(3, "{} cannot be leased: {e}", plan::device_name(slot));
+                    say!(error: "{} cannot be leased: {e}", plan::device_name(slot));
                     self.lose(slot)?;
                 }
             }
         }
-        Ok(Outcome::Refused(Status::Failed, RETRY))
+        Ok(Some((refused(r, Status::Failed, RETRY), None)))
     }
 
     /// When a slot may be free: growth takes a moment, a lingering lease its time.
     fn retry_after(&self) -> Duration {
-        let now = Instant::now();
-        let growing = self.growing || self.pool.counts().cleaning > 0;
-        let until = self
-            .pool
-            .next_deadline()
-            .map(|d| d.saturating_duration_since(now));
-        match until {
-            _ if growing => RETRY / 4,
-            Some(until) => until.clamp(RETRY / 4, 10 * RETRY),
-            None => 10 * RETRY,
+        if self.growing || self.pool.counts().cleaning > 0 {
+            return RETRY / 4;
         }
+        let until = self.pool.next_deadline();
+        let until = until.map(|d| d.saturating_duration_since(Instant::now()));
+        until.map_or(10 * RETRY, |d| d.clamp(RETRY / 4, 10 * RETRY))
     }
 
     /// Attaches, tags the device with the lease, opens the rules, grants: in this
@@ -300,59 +244,39 @@ impl Server {
         resumed: bool,
         force: bool,
     ) -> io::Result<(OwnedFd, u16)> {
-        let Server {
-            kernel: k,
-            config,
-            pool,
-            ..
-        } = self;
-        let former = pool
-            .tag(slot)
-            .lease
-            .filter(|_| resumed)
-            .map(|l| element(slot, pool.index(slot), l));
-        let tag = Tag {
-            generation: pool.next_generation(slot),
-            lease: Some(wanted),
-        };
-        let attached = match apply::attach(k, config, slot, pool.index(slot)) {
+        let (k, mut index) = (&mut self.kernel, self.pool.index(slot));
+        let former = self.pool.lease(slot).filter(|_| resumed);
+        let former = former.map(|lease| Live::new(slot, index, lease));
+        let tag = Tag::new(self.pool.next_generation(slot), Some(wanted));
+        let (tun, offload) = match apply::attach(k, slot, index) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) && !force => return Err(e),
             Err(_) if resumed => {
-                let index = apply::recreate(k, config, slot, pool.index(slot), tag)?;
-                pool.set_index(slot, index);
-                apply::attach(k, config, slot, index)?
+                index = apply::recreate(k, slot, index, tag)?;
+                self.pool.set_index(slot, index);
+                apply::attach(k, slot, index)?
             }
             other => other?,
         };
-        let index = pool.index(slot);
-        link::set_alias(&mut k.route, index, &tag.to_alias())?;
-        link::add_hosts6(&mut k.route, &[(index, plan::hosts(config, slot).1)])?;
-        let opened = element(slot, index, wanted);
+        link::set_alias(k, index, tag)?;
+        link::add_hosts6(k, &[(slot, index)])?;
+        let opened = Live::new(slot, index, wanted);
         if former != Some(opened) {
-            if let Some(old) = former {
-                ruleset::remove_lease(k, config, old)?;
-            }
-            ruleset::add_lease(k, config, opened)?;
+            former.map_or(Ok(()), |old| ruleset::remove_lease(k, old))?;
+            ruleset::add_lease(k, opened)?;
         }
         #[cfg(feature = "fault-hooks")]
         crate::fault::at("opened");
-        pool.grant(slot, wanted, id);
-        Ok((attached.0.into_fd(), attached.1))
+        self.pool.grant(slot, wanted, id);
+        Ok((tun.into_fd(), offload))
     }
 
     /// Ends a slot's lease because its device is not what it was.
     pub(super) fn lose(&mut self, slot: Slot) -> io::Result<()> {
-        let lease = self.pool_lease(slot);
-        let (holder, began) = self.pool.lost(slot);
-        if let Some((generation, holder)) = holder
-            && let Some(p) = self.peers.get(holder)
-        {
-            p.send(&Reply::notice(Status::DeviceLost, slot, generation), None);
+        let (held, began) = self.pool.lost(slot);
+        if let Some((generation, holder)) = held {
+            let notice = Reply::notice(Status::DeviceLost, slot, generation);
+            self.peers.send(holder, &notice, None);
         }
-        if began {
-            self.clean(slot, lease)
-        } else {
-            Ok(())
-        }
+        if began { self.clean(slot) } else { Ok(()) }
     }
 }

@@ -1,7 +1,7 @@
 //! Connections: who may have one, what waits to be sent, when one is closed.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::ErrorKind::{Interrupted, WouldBlock};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ const UNREAD: usize = 256;
 const QUIET: Duration = Duration::from_secs(1);
 
 pub(crate) struct Peer {
-    pub(crate) id: Holder,
+    id: Holder,
     /// It has said hello.
     pub(crate) greeted: bool,
     socket: OwnedFd,
@@ -31,6 +31,7 @@ pub(crate) struct Peer {
     closed: bool,
 }
 
+#[derive(Default)]
 pub(crate) struct Peers {
     all: Vec<Peer>,
     gateway: u32,
@@ -40,10 +41,9 @@ pub(crate) struct Peers {
 }
 
 impl Peer {
-    pub(crate) fn send(&mut self, reply: &Reply, fd: Option<OwnedFd>) {
+    fn send(&mut self, reply: &Reply, fd: Option<OwnedFd>) {
         if self.out.len() >= UNREAD {
-            self.closed = true;
-            return;
+            return self.closed = true;
         }
         self.out.push_back((reply.encode(), fd));
         self.flush();
@@ -57,65 +57,67 @@ impl Peer {
                     self.out.pop_front();
                     self.deadline = None;
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.deadline
-                        .get_or_insert_with(|| Instant::now() + EXCHANGE_TIMEOUT);
+                Err(e) if e.kind() == WouldBlock => {
+                    let limit = || Instant::now() + EXCHANGE_TIMEOUT;
+                    self.deadline.get_or_insert_with(limit);
                     return;
                 }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => {
-                    self.closed = true;
-                    return;
-                }
+                Err(e) if e.kind() == Interrupted => {}
+                Err(_) => return self.closed = true,
             }
         }
+    }
+
+    /// One request; an empty reason when there is none to be read now, or ever.
+    fn read(&mut self) -> Result<Request, String> {
+        // One byte more than a frame has: a longer one is seen to be longer.
+        let mut buf = [0; REQUEST_LEN + 1];
+        let got = match seqpacket::recv(self.socket.as_fd(), &mut buf, false) {
+            Err(e) if [WouldBlock, Interrupted].contains(&e.kind()) => return Err(String::new()),
+            other => other.map_err(|e| e.to_string()),
+        };
+        // Whatever else it is than a frame ends the connection.
+        self.closed = true;
+        let got = got?;
+        if got.surplus_fds {
+            return Err("it sent descriptors".to_owned());
+        }
+        if got.len == 0 {
+            return Err(String::new());
+        }
+        let request = Request::decode(&buf[..got.len]).map_err(|e| e.to_string())?;
+        self.closed = false;
+        Ok(request)
     }
 }
 
 impl Peers {
     pub(crate) fn new(gateway: u32) -> Peers {
-        Peers {
-            all: Vec::new(),
-            gateway,
-            last: 0,
-            complained: None,
-            unsaid: 0,
-        }
+        let none = Peers::default();
+        Peers { gateway, ..none }
     }
 
     /// Takes one connection, and keeps it if it is the gateway's. Nothing is read before that is known.
     pub(crate) fn accept(&mut self, listener: BorrowedFd<'_>, now: Instant) {
-        let Ok(socket) = seqpacket::accept(listener) else {
-            return;
-        };
-        let cred = match seqpacket::peer_cred(socket.as_fd()) {
-            Ok(cred) if cred.uid == self.gateway && self.all.len() < MOST => cred,
-            Ok(cred) if cred.uid == self.gateway => {
-                return self.complain(
-                    now,
-                    "more connections than a gateway and its successor need",
-                );
-            }
-            Ok(cred) => {
-                let why = format!(
-                    "a connection of uid {}, only the gateway's uid {} is served",
-                    cred.uid, self.gateway
-                );
-                return self.complain(now, &why);
-            }
-            Err(e) => return self.complain(now, &e.to_string()),
-        };
+        let found = seqpacket::accept(listener);
+        let found = found.and_then(|s| Ok((seqpacket::peer_cred(s.as_fd())?, s)));
+        let Ok((cred, socket)) = found else { return };
+        let (uid, gateway) = (cred.uid, self.gateway);
+        if uid != gateway {
+            let who = format!("uid {uid}, only the gateway's uid {gateway} is served");
+            return self.complain(now, &format!("a connection of {who}"));
+        }
+        if self.all.len() >= MOST {
+            let why = "more connections than a gateway and its successor need";
+            return self.complain(now, why);
+        }
         self.last += 1;
-        let process = if cred.pid == 0 {
-            None
-        } else {
-            seqpacket::peer_pidfd(socket.as_fd()).ok()
-        };
+        let process = seqpacket::peer_pidfd(socket.as_fd());
         self.all.push(Peer {
             id: self.last,
             greeted: false,
+            process: process.ok().filter(|_| cred.pid != 0),
             socket,
-            process,
             out: VecDeque::new(),
             deadline: Some(now + EXCHANGE_TIMEOUT),
             closed: false,
@@ -128,13 +130,11 @@ impl Peers {
             self.unsaid += 1;
             return;
         }
-        let unsaid = std::mem::take(&mut self.unsaid);
-        let more = if unsaid > 0 {
-            format!(" (and {unsaid} more like it)")
-        } else {
-            String::new()
+        let more = match std::mem::take(&mut self.unsaid) {
+            0 => String::new(),
+            unsaid => format!(" (and {unsaid} more like it)"),
         };
-        say!(4, "closed a connection: {why}{more}");
+        say!(warning: "closed a connection: {why}{more}");
         self.complained = Some(now);
     }
 
@@ -142,12 +142,20 @@ impl Peers {
         self.all.iter_mut().find(|p| p.id == id)
     }
 
-    pub(crate) fn id_at(&self, at: usize) -> Option<Holder> {
-        self.all.get(at).map(|p| p.id)
+    /// In the order of [`Peers::poll_fds`].
+    pub(crate) fn ids(&self) -> Vec<Holder> {
+        self.all.iter().map(|p| p.id).collect()
     }
 
     pub(crate) fn greeted(&self) -> usize {
         self.all.iter().filter(|p| p.greeted).count()
+    }
+
+    /// Sends to one that may be gone already.
+    pub(crate) fn send(&mut self, id: Holder, reply: &Reply, fd: Option<OwnedFd>) {
+        if let Some(p) = self.get(id) {
+            p.send(reply, fd);
+        }
     }
 
     pub(crate) fn tell_all(&mut self, notice: &Reply) {
@@ -158,66 +166,35 @@ impl Peers {
 
     /// Two descriptors for each peer: its socket, and its process.
     pub(crate) fn poll_fds<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
+        let when = |wanted, events| if wanted { events } else { PollFlags::empty() };
         for p in &self.all {
-            let events = if p.out.is_empty() {
-                PollFlags::POLLIN
-            } else {
-                PollFlags::POLLOUT
-            };
+            let idle = p.out.is_empty();
+            let events = when(idle, PollFlags::POLLIN) | when(!idle, PollFlags::POLLOUT);
             fds.push(PollFd::new(p.socket.as_fd(), events));
             let process = p.process.as_ref().unwrap_or(&p.socket);
-            let events = if p.process.is_some() {
-                PollFlags::POLLIN
-            } else {
-                PollFlags::empty()
-            };
+            let events = when(p.process.is_some(), PollFlags::POLLIN);
             fds.push(PollFd::new(process.as_fd(), events));
         }
     }
 
     /// Reads one request; `None` when there is none, or the peer has been closed for what it sent.
     pub(crate) fn read(&mut self, id: Holder, now: Instant) -> Option<Request> {
-        let peer = self.get(id)?;
-        if peer.closed {
-            return None;
-        }
+        let peer = self.get(id).filter(|p| !p.closed)?;
         if !peer.out.is_empty() {
             peer.flush();
             return None;
         }
-        // One byte more than a frame has: a longer one is seen to be longer.
-        let mut buf = [0; REQUEST_LEN + 1];
-        let why = match seqpacket::recv(peer.socket.as_fd(), &mut buf, false) {
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) =>
-            {
-                return None;
-            }
-            Err(e) => e.to_string(),
-            Ok(r) if r.len == 0 && !r.surplus_fds => {
-                peer.closed = true;
-                return None;
-            }
-            Ok(r) if r.surplus_fds => "it sent descriptors".to_owned(),
-            Ok(r) => match Request::decode(&buf[..r.len]) {
-                Ok(request) => return Some(request),
-                Err(e) => e.to_string(),
-            },
-        };
-        peer.closed = true;
-        self.complain(now, &why);
+        match peer.read() {
+            Err(why) if !why.is_empty() => self.complain(now, &why),
+            other => return other.ok(),
+        }
         None
     }
 
     /// Closes a peer whose process is gone.
     pub(crate) fn process_gone(&mut self, id: Holder) {
-        if let Some(p) = self.get(id)
-            && p.process.is_some()
-        {
-            p.closed = true;
+        if let Some(p) = self.get(id) {
+            p.closed |= p.process.is_some();
         }
     }
 
@@ -229,8 +206,7 @@ impl Peers {
 
     pub(crate) fn greet(&mut self, id: Holder) {
         if let Some(p) = self.get(id) {
-            p.greeted = true;
-            p.deadline = None;
+            (p.greeted, p.deadline) = (true, None);
         }
     }
 
@@ -239,20 +215,14 @@ impl Peers {
     }
 
     pub(crate) fn expire(&mut self, now: Instant) {
-        for p in self
-            .all
-            .iter_mut()
-            .filter(|p| p.deadline.is_some_and(|d| d <= now))
-        {
-            p.closed = true;
+        for p in &mut self.all {
+            p.closed |= p.deadline.is_some_and(|d| d <= now);
         }
     }
 
     /// Takes the closed ones out and returns their ids.
     pub(crate) fn bury(&mut self) -> Vec<Holder> {
-        self.all
-            .extract_if(.., |p| p.closed)
-            .map(|p| p.id)
-            .collect()
+        let gone = self.all.extract_if(.., |p| p.closed);
+        gone.map(|p| p.id).collect()
     }
 }

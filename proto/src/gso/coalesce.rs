@@ -1,22 +1,35 @@
-//! Makes super-packets of the segments of clients that have none.
+//! Makes super-packets of the segments and datagrams of clients that have none.
 //!
 //! One write to the TUN, one pass through the kernel's tables and one
 //! segmentation at the far end instead of forty-five. Only what can be cut
-//! apart again into the same stream is joined: the same headers, bytes in order
-//! and without a gap, checksums that were right.
+//! apart again into the same packets is joined: the same headers, segments in
+//! order and without a gap, datagrams of one size, checksums that were right.
 
 use crate::checksum;
 use crate::packet::{Parsed, Transport, Version, array, put, tcp_flag, word};
 use crate::record::{MAX_PACKET, Offload, gso_type};
 use crate::validate::{MIN_SEGMENT, pseudo_sum, transport_sum_is_right};
 
-/// Collects consecutive segments of one flow at the start of a buffer of the
+/// Kernels refuse super-packets of more datagrams, whatever their size.
+const MAX_DATAGRAMS: u32 = 64;
+
+/// Which super-packets the device takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Joins {
+    /// Of TCP segments.
+    pub tcp: bool,
+    /// Of UDP datagrams.
+    pub udp: bool,
+}
+
+/// Collects consecutive segments or datagrams of one flow at the start of a buffer of the
 /// caller's, which is the same in every call and best [`MAX_PACKET`] bytes long.
 ///
 /// What is collected has to be taken with [`Coalescer::flush`] whenever
 /// [`Offer::Flush`] says so, and at the end of every batch.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Coalescer {
+    joins: Joins,
     pending: Option<Pending>,
 }
 
@@ -49,8 +62,8 @@ struct Pending {
     parsed: Parsed,
     size: u16,
     segments: u32,
-    /// The sequence number that has to come next.
-    sequence: u32,
+    /// The sequence number that has to come next; datagrams have none.
+    sequence: Option<u32>,
     ids: Ids,
     /// A short or pushed segment was the last.
     closed: bool,
@@ -107,8 +120,11 @@ impl Ids {
 impl Coalescer {
     /// Nothing is collected.
     #[must_use]
-    pub const fn new() -> Self {
-        Self { pending: None }
+    pub const fn new(joins: Joins) -> Self {
+        Self {
+            joins,
+            pending: None,
+        }
     }
 
     /// Whether nothing is collected.
@@ -123,7 +139,7 @@ impl Coalescer {
             return Offer::Pass;
         };
         let Some(pending) = &mut self.pending else {
-            return match begin(buffer, packet, parsed) {
+            return match begin(buffer, packet, parsed, self.joins) {
                 Some(pending) => {
                     self.pending = Some(pending);
                     Offer::Taken
@@ -131,12 +147,12 @@ impl Coalescer {
                 None => Offer::Pass,
             };
         };
-        if pending.append(buffer, packet, parsed).is_some() {
+        if pending.append(buffer, packet, parsed, self.joins).is_some() {
             return Offer::Taken;
         }
         // Only one flow is collected, and the one that sends now is more likely
         // to go on. What is no bulk of another flow does not disturb this one.
-        let begins = is_bulk(packet, parsed).is_some_and(|bulk| bulk.begins());
+        let begins = is_bulk(packet, parsed, self.joins).is_some_and(|bulk| bulk.begins());
         if begins || pending.may_be_same_flow(buffer, packet, parsed) {
             Offer::Flush
         } else {
@@ -169,8 +185,8 @@ impl Coalescer {
     }
 }
 
-fn begin(buffer: &mut [u8], packet: &[u8], parsed: &Parsed) -> Option<Pending> {
-    let bulk = is_bulk(packet, parsed)?;
+fn begin(buffer: &mut [u8], packet: &[u8], parsed: &Parsed, joins: Joins) -> Option<Pending> {
+    let bulk = is_bulk(packet, parsed, joins)?;
     if !bulk.begins() || !bulk.right(packet, parsed) {
         return None;
     }
@@ -180,7 +196,7 @@ fn begin(buffer: &mut [u8], packet: &[u8], parsed: &Parsed) -> Option<Pending> {
         parsed: *parsed,
         size: bulk.payload,
         segments: 1,
-        sequence: bulk.sequence.wrapping_add(u32::from(bulk.payload)),
+        sequence: bulk.sequence_after(),
         ids,
         closed: false,
         pushed: false,
@@ -188,13 +204,21 @@ fn begin(buffer: &mut [u8], packet: &[u8], parsed: &Parsed) -> Option<Pending> {
 }
 
 impl Pending {
-    fn append(&mut self, buffer: &mut [u8], packet: &[u8], parsed: &Parsed) -> Option<()> {
-        let bulk = is_bulk(packet, parsed)?;
+    fn append(
+        &mut self,
+        buffer: &mut [u8],
+        packet: &[u8],
+        parsed: &Parsed,
+        joins: Joins,
+    ) -> Option<()> {
+        let bulk = is_bulk(packet, parsed, joins)?;
         let length = self.parsed.len.checked_add(bulk.payload)?;
         let ids = self.ids.then(packet)?;
         let fits = !self.closed
             && bulk.payload <= self.size
             && bulk.sequence == self.sequence
+            && (bulk.sequence.is_some() || self.segments < MAX_DATAGRAMS)
+            && parsed.protocol == self.parsed.protocol
             && usize::from(length) <= buffer.len().min(MAX_PACKET)
             && parsed.header_len == self.parsed.header_len
             && same_headers(buffer, packet, parsed)?
@@ -208,7 +232,7 @@ impl Pending {
             .copy_from_slice(packet.get(parsed.header_len()..)?);
         self.parsed.len = length;
         self.segments += 1;
-        self.sequence = self.sequence.wrapping_add(u32::from(bulk.payload));
+        self.sequence = bulk.sequence_after();
         self.ids = ids;
         self.pushed = bulk.pushed;
         self.closed = bulk.pushed || bulk.payload < self.size;
@@ -231,6 +255,8 @@ impl Pending {
 
     fn finish(&self, packet: &mut [u8]) -> Option<u8> {
         let parsed = &self.parsed;
+        let udp = matches!(parsed.transport(), Transport::Udp { .. });
+        let l4_len = parsed.len - parsed.l4;
         let kind = match parsed.version() {
             Version::V4 => {
                 put(packet, 2, parsed.len.to_be_bytes())?;
@@ -240,43 +266,64 @@ impl Pending {
                 gso_type::TCP_V4
             }
             Version::V6 => {
-                put(packet, 4, (parsed.len - parsed.l4).to_be_bytes())?;
+                put(packet, 4, l4_len.to_be_bytes())?;
                 gso_type::TCP_V6
             }
         };
+        if udp {
+            put(packet, parsed.l4() + 4, l4_len.to_be_bytes())?;
+        }
         if self.pushed {
             *packet.get_mut(parsed.l4() + 13)? |= tcp_flag::PSH;
         }
-        let sum = pseudo_sum(parsed, packet, parsed.len - parsed.l4);
+        let sum = pseudo_sum(parsed, packet, l4_len);
         put(packet, parsed.sum_at()?, sum.to_be_bytes())?;
-        Some(kind)
+        Some(if udp { gso_type::UDP_L4 } else { kind })
     }
 }
 
-/// A segment that can be part of a super-packet.
+/// A segment or datagram that can be part of a super-packet.
 struct Bulk {
-    sequence: u32,
+    sequence: Option<u32>,
     payload: u16,
     pushed: bool,
 }
 
-fn is_bulk(packet: &[u8], parsed: &Parsed) -> Option<Bulk> {
-    let Transport::Tcp { flags, .. } = parsed.transport() else {
-        return None;
-    };
+fn is_bulk(packet: &[u8], parsed: &Parsed, joins: Joins) -> Option<Bulk> {
     let payload = parsed.len - parsed.header_len;
-    let plain = flags & !tcp_flag::PSH == tcp_flag::ACK;
-    if !plain || !parsed.is_plain() || payload == 0 {
+    if !parsed.is_plain() || payload == 0 {
         return None;
     }
-    Some(Bulk {
-        sequence: sequence(packet, parsed.l4())?,
-        payload,
-        pushed: flags & tcp_flag::PSH != 0,
-    })
+    match parsed.transport() {
+        Transport::Tcp { flags, .. } if joins.tcp => {
+            let plain = flags & !tcp_flag::PSH == tcp_flag::ACK;
+            plain.then_some(Bulk {
+                sequence: Some(sequence(packet, parsed.l4())?),
+                payload,
+                pushed: flags & tcp_flag::PSH != 0,
+            })
+        }
+        // One without a checksum would come out with one.
+        Transport::Udp { .. } if joins.udp && word(packet, parsed.sum_at()?)? != 0 => Some(Bulk {
+            sequence: None,
+            payload,
+            pushed: false,
+        }),
+        Transport::Tcp { .. }
+        | Transport::Udp { .. }
+        | Transport::Icmp(_)
+        | Transport::Later
+        | Transport::Other => None,
+    }
 }
 
 impl Bulk {
+    /// What the next one's has to be.
+    fn sequence_after(&self) -> Option<u32> {
+        let after = |sequence: u32| sequence.wrapping_add(self.payload.into());
+        self.sequence.map(after)
+    }
+
     /// A segment that ends its stretch is no beginning of one, and small ones are not worth it.
     fn begins(&self) -> bool {
         !self.pushed && self.payload >= MIN_SEGMENT
@@ -300,6 +347,9 @@ fn same_headers(buffer: &[u8], packet: &[u8], parsed: &Parsed) -> Option<bool> {
         Version::V6 => same(0, 4)? && same(6, 40)?,
     };
     let l4 = parsed.l4();
+    if matches!(parsed.transport(), Transport::Udp { .. }) {
+        return Some(ip && same(l4, l4 + 4)?);
+    }
     // Ports; acknowledgement, header length; window; urgent pointer, options.
     let tcp = same(l4, l4 + 4)?
         && same(l4 + 8, l4 + 13)?

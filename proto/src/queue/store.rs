@@ -47,6 +47,11 @@ impl Waiting {
         usize::from(self.len) - usize::from(self.cut) * usize::from(self.meta.offload.gso_size)
     }
 
+    /// The same in all three units.
+    pub(super) fn weight(&self) -> (usize, u64) {
+        self.meta.weight(self.remaining())
+    }
+
     /// Whether a segment can go and at least one stay.
     pub(super) fn can_be_cut(&self) -> bool {
         let headers = usize::from(self.meta.header_len);

@@ -1,0 +1,117 @@
+//! Judging the login of a request that is otherwise in order.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use hyper::http::request::Parts;
+use tracing::debug;
+
+use super::answer::Refusal;
+use super::{Front, Visitor, Way};
+use crate::admit::{Admission, Kind};
+use crate::auth::credential::Credential;
+use crate::auth::live::Pass;
+use crate::auth::{Denied, Gate, Grant, Policy};
+use crate::config::{Demo, Dialect};
+use crate::demo::Guest;
+use crate::limits::Place;
+
+/// Somebody who wants in.
+pub(super) struct Asked<'a> {
+    pub(super) front: &'a Front,
+    pub(super) head: &'a Parts,
+    pub(super) visitor: Visitor,
+    /// Whom limits and logs are about.
+    pub(super) address: IpAddr,
+}
+
+impl Asked<'_> {
+    /// Into a session of this kind.
+    pub(super) async fn session(&self, kind: Kind) -> Result<(Way, Pass), Refusal> {
+        if let Err(why) = self.front.ready() {
+            debug!(%why, "not ready for a client");
+            return Err(Refusal::busy(Duration::from_secs(2)));
+        }
+        let (policy, dialect) = match &kind {
+            Kind::Native => (Policy::Strict, None),
+            Kind::Dialect(dialect) => (Gate::policy_of(dialect), Some(&**dialect)),
+        };
+        let anonymous = policy == Policy::Anonymous;
+        let grant = self.judge(policy, dialect, dialect.is_some()).await?;
+        let Grant {
+            account,
+            subject,
+            token_id,
+            expires_at,
+            class,
+            revoked,
+            pass,
+        } = grant;
+        let admission = Admission {
+            account,
+            subject,
+            token_id,
+            expires_at,
+            kind,
+            anonymous,
+            class,
+            peer: SocketAddr::new(self.address, self.visitor.peer.port()),
+            listener: self.visitor.listener,
+            revoked,
+        };
+        Ok((Way::Session(Box::new(admission)), pass))
+    }
+
+    /// Into the audience of the demonstration, which needs no tunnel to be ready.
+    pub(super) async fn demo(&self, demo: &Demo) -> Result<(Way, Pass), Refusal> {
+        let busy = || Refusal::busy(Duration::from_secs(5));
+        if self.front.stopped() {
+            return Err(busy());
+        }
+        let policy = match demo.anonymous {
+            true => Policy::Anonymous,
+            false => Policy::Strict,
+        };
+        let grant = self.judge(policy, None, true).await?;
+        let chair = self.front.audience.enter(demo.clients).ok_or_else(busy)?;
+        let guest = Guest::new(chair, &grant, demo, self.address);
+        Ok((Way::Demo(guest), grant.pass))
+    }
+
+    /// Judges the token and counts failures.
+    async fn judge(
+        &self,
+        policy: Policy<'_>,
+        dialect: Option<&Dialect>,
+        query_allowed: bool,
+    ) -> Result<Grant, Refusal> {
+        let (front, head) = (self.front, self.head);
+        let limits = front.config().limits;
+        let place = Place::of(self.address);
+        let now = Instant::now();
+        if policy != Policy::Anonymous
+            && let Some(wait) = front.failures.blocked(place, limits.login_failures, now)
+        {
+            return Err(Refusal::slow_down(wait));
+        }
+        let judged = async {
+            let credential = Credential::find(&head.headers, head.uri.query(), query_allowed)?;
+            let limit = limits.sessions_per_account;
+            front
+                .gate
+                .login(credential.as_ref(), policy, dialect, limit)
+                .await
+        };
+        judged.await.map_err(|why| {
+            front.refusals.note(why, self.address, now);
+            match why {
+                Denied::TooMany => Refusal::slow_down(Duration::from_secs(1)),
+                Denied::Missing | Denied::Account => Refusal::forbidden(),
+                _ => {
+                    front.failures.note(place, limits.login_failures, now);
+                    Refusal::forbidden()
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,421 @@
+//! What the administrator decides, and nobody else can: `key = value`, a subset of TOML.
+//!
+//! Every refusal names the value, the reason and the remedy.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::net::Net;
+use crate::{confine, plan};
+
+/// Ports clients may not reach, ends included.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DeniedPorts {
+    /// `tcp` or `udp`.
+    pub(crate) proto: String,
+    pub(crate) low: u16,
+    pub(crate) high: u16,
+}
+
+/// What the clients of one policy class may do. Class 0 always exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Class {
+    pub(crate) number: u8,
+    /// Special-purpose prefixes opened to this class; all others stay refused.
+    pub(crate) allow: Vec<Net>,
+    pub(crate) deny_ports: Vec<DeniedPorts>,
+    /// Concurrent flows per client.
+    pub(crate) flow_cap: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct User {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
+/// The whole configuration, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) pool4: Net,
+    pub(crate) pool6: Net,
+    pub(crate) stream4: Net,
+    pub(crate) stream6: Net,
+    /// Devices created before the socket opens.
+    pub(crate) slots: u32,
+    /// Devices created at a time when fewer than this are free.
+    pub(crate) grow: u32,
+    pub(crate) max_slots: u32,
+    pub(crate) helper: User,
+    pub(crate) gateway: User,
+    /// Interfaces clients leave by; none named means whatever holds the default routes.
+    pub(crate) uplink: Vec<String>,
+    pub(crate) nat_low: u16,
+    pub(crate) nat_high: u16,
+    pub(crate) linger: Duration,
+    /// Seconds after which an idle flow of ours is forgotten.
+    pub(crate) tcp_established: u32,
+    pub(crate) tcp_transitory: u32,
+    pub(crate) udp: u32,
+    pub(crate) udp_replied: u32,
+    /// Sorted by number, at most 16, the first is class 0.
+    pub(crate) classes: Vec<Class>,
+    pub(crate) mtu: u16,
+    pub(crate) txqueuelen: u32,
+    pub(crate) socket: PathBuf,
+    /// Directory of the sysctl journal.
+    pub(crate) state: PathBuf,
+    pub(crate) link_group: u32,
+    pub(crate) offload: bool,
+}
+
+impl Config {
+    /// Every network whose addresses are ours to give out.
+    pub(crate) fn own_nets(&self) -> [Net; 4] {
+        [self.pool4, self.pool6, self.stream4, self.stream6]
+    }
+
+    /// Held by the one helper that serves.
+    pub(crate) fn lock_path(&self) -> PathBuf {
+        self.state.join("lock")
+    }
+}
+
+/// What the values mean on this host.
+pub(crate) struct Environment {
+    pub(crate) machine_id: String,
+    pub(crate) passwd: String,
+}
+
+impl Environment {
+    pub(crate) fn new(machine_id: String, passwd: String) -> Environment {
+        Environment { machine_id, passwd }
+    }
+}
+
+/// The defaults are what the example says they are.
+const EXAMPLE: &str = include_str!("../privhelper.conf.example");
+
+/// Reads a file that nobody but root, or the user of a private namespace, can have written.
+pub(crate) fn load(path: &Path) -> Result<Config, String> {
+    let shown = path.display();
+    let hint = "write it, or name another with --config (see privhelper.conf.example)";
+    let failed = |e| format!("{shown}: {e}; {hint}");
+    // What is judged is what is read, whatever the path leads to meanwhile.
+    let mut file = File::open(path).map_err(failed)?;
+    let meta = file.metadata().map_err(failed)?;
+    let (uid, me) = (meta.uid(), nix::unistd::geteuid().as_raw());
+    let trusted = uid == 0 || uid == me && confine::in_user_namespace();
+    let remedy = format!("chown root {shown}");
+    ensure!(
+        trusted,
+        "{shown}: owned by uid {uid}, must be root's: {remedy}"
+    );
+    let closed = meta.mode() & 0o022 == 0;
+    ensure!(closed, "{shown}: others may write it: chmod go-w {shown}");
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(failed)?;
+    let read = |p| fs::read_to_string(p).unwrap_or_default();
+    let env = Environment::new(read("/etc/machine-id"), read("/etc/passwd"));
+    parse(&text, &env).map_err(|e| format!("{shown}: {e}"))
+}
+
+pub(crate) fn parse(text: &str, env: &Environment) -> Result<Config, String> {
+    let v = Values::read(text)?;
+    let auto = |s: &str, auto: &dyn Fn() -> Result<Net, String>| match s {
+        "auto" => auto(),
+        _ => net(s, 128),
+    };
+    let pool6 = v.get("pool6", |s| auto(s, &|| ula(env)))?;
+    let streams = pool6.at(0xffff << 64, 112);
+    let (nat_low, nat_high) = v.get("nat-range", range)?;
+    let (slots, most) = (v.get("slots", number)?, v.get("max-slots", number)?);
+    let said = v.said.contains_key("max-slots");
+    let config = Config {
+        pool4: v.get("pool4", |s| net(s, 32))?,
+        pool6,
+        stream4: v.get("stream4", |s| net(s, 32))?,
+        stream6: v.get("stream6", |s| auto(s, &|| Ok(streams)))?,
+        slots,
+        grow: v.get("grow", least(1, "would never grow: give at least 1"))?,
+        max_slots: if said { most } else { most.max(slots) },
+        helper: v.get("helper-user", |s| user(s, env))?,
+        gateway: v.get("gateway-user", |s| user(s, env))?,
+        uplink: v.get("uplink", uplink)?,
+        nat_low,
+        nat_high,
+        linger: Duration::from_secs(v.get("linger", number)?),
+        tcp_established: v.get("ct-timeout.tcp-established", number)?,
+        tcp_transitory: v.get("ct-timeout.tcp-transitory", number)?,
+        udp: v.get("ct-timeout.udp", number)?,
+        udp_replied: v.get("ct-timeout.udp-replied", number)?,
+        classes: v.classes()?,
+        mtu: v.get("mtu", least(1280, "is below 1280, the least IPv6 needs"))?,
+        txqueuelen: v.get("txqueuelen", least(1, "drops every packet: give more"))?,
+        socket: v.get("socket", path)?,
+        state: v.get("state", path)?,
+        link_group: v.get("link-group", least(1, "is every interface's own"))?,
+        offload: v.get("offload", on)?,
+    };
+    check(&config)?;
+    Ok(config)
+}
+
+/// Each key's value and the line it stands on.
+type Lines = BTreeMap<String, (usize, String)>;
+
+fn lines<'a>(text: impl Iterator<Item = &'a str>) -> Result<Lines, String> {
+    let mut values = Lines::new();
+    for (n, line) in (1..).zip(text) {
+        let line = line.split_once('#').map_or(line, |(l, _)| l).trim();
+        if line.is_empty() {
+            continue;
+        }
+        let parts = line.split_once('=');
+        let (key, value) = parts.ok_or(format!("line {n}: '{line}' is not 'key = value'"))?;
+        let (key, value) = (key.trim(), value.trim().trim_matches('"').trim());
+        if let Some((first, _)) = values.insert(key.to_owned(), (n, value.to_owned())) {
+            let again = format!("'{key}' was set on line {first} already");
+            return Err(format!("line {n}: {again}: keep one"));
+        }
+    }
+    Ok(values)
+}
+
+/// `class.N.key` for N from 1 to 15: the number and the key.
+fn class_key(key: &str) -> Option<(u8, &str)> {
+    let (n, key) = key.strip_prefix("class.")?.split_once('.')?;
+    Some(((1..16).find(|c| c.to_string() == n)?, key))
+}
+
+struct Values {
+    said: Lines,
+    defaults: Lines,
+}
+
+impl Values {
+    fn read(text: &str) -> Result<Values, String> {
+        let defaults = lines(EXAMPLE.lines().filter_map(|l| l.strip_prefix("#= ")))?;
+        let said = lines(text.lines())?;
+        let model = |key: &str| match class_key(key) {
+            Some((_, key)) => format!("class.1.{key}"),
+            None => key.to_owned(),
+        };
+        if let Some((key, (n, _))) = said.iter().find(|(k, _)| !defaults.contains_key(&model(k))) {
+            let far = |k: &&String| distance(k.as_bytes(), key.as_bytes());
+            let near = defaults.keys().min_by_key(far).map_or("", String::as_str);
+            let why = format!("unknown key '{key}'; did you mean '{near}'?");
+            return Err(format!("line {n}: {why}"));
+        }
+        Ok(Values { said, defaults })
+    }
+
+    fn get<T>(&self, key: &str, f: impl Fn(&str) -> Result<T, String>) -> Result<T, String> {
+        // What a class does not say is as in class 0, which the plain keys describe.
+        let plain = class_key(key).map_or(key, |k| k.1);
+        let said = self.said.get(key).or(self.said.get(plain));
+        let (place, value) = match said.ok_or(self.defaults.get(plain)) {
+            Ok((n, value)) => (format!("line {n}"), value.as_str()),
+            Err(default) => ("default".to_owned(), default.map_or("", |d| d.1.as_str())),
+        };
+        f(value).map_err(|why| format!("{place}: {key} = '{value}' {why}"))
+    }
+
+    /// Class 0, and each that `class.N.key` says something about.
+    fn classes(&self) -> Result<Vec<Class>, String> {
+        let named = self.said.keys().filter_map(|k| class_key(k)).map(|k| k.0);
+        let numbers: BTreeSet<u8> = named.chain([0]).collect();
+        let class = |number| {
+            let prefix = format!("class.{number}.");
+            let key = |name| if number == 0 { String::new() } else { prefix.clone() } + name;
+            let cap = least(1, "lets no flow through: give at least 1");
+            Ok(Class {
+                number,
+                allow: self.get(&key("allow"), |s| list(s, Net::from_str))?,
+                deny_ports: self.get(&key("deny-ports"), |s| list(s, ports))?,
+                flow_cap: self.get(&key("flow-cap"), cap)?,
+            })
+        };
+        numbers.into_iter().map(class).collect()
+    }
+}
+
+/// Edits from one word to the other.
+fn distance(a: &[u8], b: &[u8]) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut corner = i;
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let replaced = corner + usize::from(x != y);
+            corner = row[j + 1];
+            row[j + 1] = replaced.min(corner + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+fn number<T: FromStr>(s: &str) -> Result<T, String> {
+    s.parse().or(Err("is not a number that fits here".into()))
+}
+
+/// A number not below this.
+fn least<T: FromStr + PartialOrd>(low: T, why: &str) -> impl Fn(&str) -> Result<T, String> {
+    move |s| {
+        let n = number(s)?;
+        ensure!(low <= n, "{why}");
+        Ok(n)
+    }
+}
+
+fn on(s: &str) -> Result<bool, String> {
+    ensure!(["on", "off"].contains(&s), "is neither on nor off");
+    Ok(s == "on")
+}
+
+fn list<T>(s: &str, f: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    let words = s.split(',').map(str::trim);
+    words.filter(|w| !w.is_empty()).map(f).collect()
+}
+
+fn net(s: &str, width: u8) -> Result<Net, String> {
+    let net: Net = s.parse()?;
+    let family = if width == 32 { "IPv4" } else { "IPv6" };
+    ensure!(net.width() == width, "is not {family}");
+    Ok(net)
+}
+
+/// FNV-1a: tells values apart, and hides nothing.
+pub(crate) fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
+    let step = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3);
+    bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, step)
+}
+
+/// A private /48 that is this machine's own and the same at every start.
+fn ula(env: &Environment) -> Result<Net, String> {
+    let id = env.machine_id.trim();
+    let missing = "/etc/machine-id, which is missing or empty";
+    ensure!(
+        id.len() >= 16,
+        "needs {missing}: give a /48 out of fd00::/8"
+    );
+    // Folded to the forty bits a private prefix has.
+    let hash = hash(id.bytes().chain(*b"rvpn"));
+    let global = (hash >> 40 ^ hash) & 0xff_ffff_ffff;
+    net("fd00::/48", 128).map(|n| n.at(u128::from(global) << 80, 48))
+}
+
+/// A user by name or number; a bare number is both ids.
+fn user(s: &str, env: &Environment) -> Result<User, String> {
+    if let Ok(id) = s.parse() {
+        return Ok(User { uid: id, gid: id });
+    }
+    let mut entries = env.passwd.lines().map(|l| l.split(':').collect::<Vec<_>>());
+    let ids = entries.find_map(|f| match f[..] {
+        [name, _, uid, gid, ..] if name == s => Some((uid.parse().ok()?, gid.parse().ok()?)),
+        _ => None,
+    });
+    let remedy = format!("create it (useradd --system {s}) or give a number");
+    let (uid, gid) = ids.ok_or(format!("is no user here: {remedy}"))?;
+    Ok(User { uid, gid })
+}
+
+fn range(s: &str) -> Result<(u16, u16), String> {
+    let ends = s.split_once('-');
+    let (low, high) = ends.ok_or("is not a range such as 16384-32767")?;
+    let (low, high): (u16, u16) = (number(low.trim())?, number(high.trim())?);
+    let large = low >= 1024 && u32::from(high) >= u32::from(low) + 1023;
+    let wanted = "it must hold at least 1024 ports from 1024 up";
+    ensure!(large, "is too small: {wanted}");
+    Ok((low, high))
+}
+
+fn ports(s: &str) -> Result<DeniedPorts, String> {
+    let (proto, span) = s.split_once('/').unwrap_or_default();
+    let (low, high) = span.split_once('-').unwrap_or((span, span));
+    let ends = low.parse().ok().zip(high.parse().ok());
+    let known = |(low, high): &(u16, u16)| low <= high && ["tcp", "udp"].contains(&proto);
+    let bad = "is not a port such as tcp/25 or udp/1-1023";
+    let (low, high) = ends.filter(known).ok_or(bad)?;
+    let proto = proto.to_owned();
+    Ok(DeniedPorts { proto, low, high })
+}
+
+fn uplink(s: &str) -> Result<Vec<String>, String> {
+    if s == "default" {
+        return Ok(Vec::new());
+    }
+    let names = list(s, |n| {
+        let fits = n.len() < 16 && !n.contains(['/', ' ']) && plan::slot_of(n).is_none();
+        ensure!(fits, "names '{n}', which cannot be an uplink");
+        Ok(n.to_owned())
+    })?;
+    ensure!(
+        !names.is_empty(),
+        "names no interface: give one, or default"
+    );
+    Ok(names)
+}
+
+fn path(s: &str) -> Result<PathBuf, String> {
+    ensure!(s.starts_with('/'), "is not an absolute path");
+    Ok(s.into())
+}
+
+/// What the values must be to each other.
+fn check(c: &Config) -> Result<(), String> {
+    let (pool4, pool6, stream4, own) = (c.pool4, c.pool6, c.stream4, c.own_nets());
+    // The streams' last subnet of the pool's own /48 is meant to be inside it.
+    let last = pool6.at(0xffff << 64, 64);
+    let meant = c.stream6.len >= 64 && last.overlaps(c.stream6);
+    for (i, a) in own.into_iter().enumerate() {
+        for &b in &own[i + 1..] {
+            let apart = !a.overlaps(b) || meant && (a, b) == (pool6, c.stream6);
+            ensure!(apart, "prefixes {a} and {b} overlap: move one of them");
+        }
+        for n in c.classes.iter().flat_map(|k| &k.allow) {
+            let theirs = !n.overlaps(a);
+            let what = format!("'{n}' opens {a}, the clients' own range");
+            ensure!(theirs, "allow = {what}: remove it");
+        }
+    }
+    ensure!(pool6.len == 48, "pool6 = '{pool6}' is not a /48");
+    // Slots the IPv4 ranges number: a /24 of the pool and one stream address each.
+    let pool = 1_u64 << 24_u8.saturating_sub(pool4.len);
+    let pool = if pool4.len > 24 { 0 } else { pool };
+    let streams = 1 << (32 - stream4.len);
+    let room = pool.min(streams).min(plan::MAX_SLOTS.into());
+    let (slots, most) = (c.slots, c.max_slots);
+    let why = format!("pool4 {pool4} and stream4 {stream4} have room for {room}");
+    let fits = u64::from(most) <= room;
+    let remedy = "enlarge them or lower max-slots";
+    ensure!(fits, "max-slots = {most} does not fit: {why}; {remedy}");
+    let fits = 1 <= slots && slots <= most;
+    ensure!(fits, "slots = {slots} is not from 1 to max-slots = {most}");
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests_support {
+    pub(crate) fn example() -> super::Config {
+        let env = super::Environment::new(String::new(), String::new());
+        let text = "
+            pool6 = fd52:5650:1::/48
+            slots = 4
+            grow = 4
+            max-slots = 16
+            helper-user = 0
+            gateway-user = 0
+            deny-ports =
+        ";
+        super::parse(text, &env).unwrap()
+    }
+}
+
+#[cfg(test)]
+mod tests;
