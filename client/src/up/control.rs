@@ -9,6 +9,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use super::already;
 use super::journal::{Journal, Lock, dir};
 use crate::cli::{Down, Status};
 use crate::fail::{Failure, Kind, Outcome, While as _};
@@ -16,6 +17,9 @@ use crate::text::{bytes, span, table};
 
 /// How long the other side may take.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How often it is asked who else is there.
+const LOOKS: u32 = 100;
 
 /// What may be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +109,21 @@ pub(crate) async fn ask(question: &str) -> Outcome<Option<Value>> {
         )),
         None => Ok(Some(value)),
     }
+}
+
+/// The lock, or why not: somebody may have begun at the same time.
+pub(crate) async fn alone() -> Outcome<Lock> {
+    for _ in 0..LOOKS {
+        if let Some(lock) = Lock::take_within(Duration::from_millis(100)).await? {
+            return Ok(lock);
+        }
+        if let Some(state) = ask("status").await? {
+            return Err(already(&state));
+        }
+    }
+    Err(Failure::unavailable(
+        "another 'rvpn up' or 'rvpn down' is at work: see 'rvpn status', or try again",
+    ))
 }
 
 /// `rvpn status`.

@@ -105,6 +105,8 @@ impl Net {
         let up = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
         let set = self.handle.link().set(up).execute().await;
         set.while_doing(format_args!("start {}", plan.interface))?;
+        // Somebody has switched it off for every device.
+        let v6 = v6.filter(|_| !is_without_six(&plan.interface));
         let addresses = [Some(IpAddr::V4(v4)), v6.map(IpAddr::V6)];
         for address in addresses.into_iter().flatten() {
             self.address(index, address).await?;
@@ -385,6 +387,11 @@ impl Net {
             _ => Ok(()),
         }
     }
+}
+
+fn is_without_six(device: &str) -> bool {
+    let path = format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6");
+    std::fs::read_to_string(path).is_ok_and(|text| text.trim() != "0")
 }
 
 fn is_gone(error: &rtnetlink::Error) -> bool {

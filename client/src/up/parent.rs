@@ -1,8 +1,9 @@
 //! The half of `up` with rights.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -15,12 +16,13 @@ use tokio::time::{Instant, sleep, timeout};
 use super::control::{self, Asked, Question};
 use super::dial::dial;
 use super::half::{Half, Signals};
-use super::journal::{Journal, Lock};
+use super::journal::Journal;
 use super::mend::Mender;
 use super::net::Net;
+use super::plan::{self, Terms};
 use super::rules::Plan;
 use super::wire::{Order, Report, Way};
-use super::{device, dns, plan};
+use super::{device, dns};
 use crate::cli::Up;
 use crate::fail::{Failure, Outcome, While as _};
 use crate::profile::{self, Address, Profile};
@@ -30,30 +32,10 @@ use crate::reach;
 const RESTARTS: u32 = 3;
 /// How long it may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(3);
+/// Whether programs may bind to the tunnel's address.
+const BIND: &str = "/proc/sys/net/ipv4/ip_nonlocal_bind";
 /// Changes of the network come in swarms.
 const SETTLE: Duration = Duration::from_millis(50);
-/// What the tunnel has been told.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Terms {
-    v4: Ipv4Addr,
-    v6: Option<Ipv6Addr>,
-    mtu: u32,
-    offload: bool,
-}
-
-impl Terms {
-    fn of(welcome: &Welcome) -> Terms {
-        Terms {
-            v4: welcome.v4.address,
-            v6: welcome.v6.map(|pair| pair.address),
-            mtu: welcome.mtu,
-            offload: welcome
-                .capabilities
-                .iter()
-                .any(|c| c == rvpn_proto::control::OFFLOAD),
-        }
-    }
-}
 
 struct Parent {
     args: Up,
@@ -107,7 +89,8 @@ pub(crate) async fn run(args: Up) -> Outcome {
     profile.token()?;
     // Nobody reads the key from a process that died, or out of this one.
     nix::sys::prctl::set_dumpable(false).while_doing("hide this process's memory")?;
-    let lock = Lock::take().await?;
+    plan::check_name(&args.interface)?;
+    let lock = control::alone().await?;
     let mut journal = Journal {
         interface: args.interface.clone(),
         pid: std::process::id(),
@@ -142,7 +125,7 @@ pub(crate) async fn run(args: Up) -> Outcome {
         )));
     }
     let local = net.local(&args.interface).await?;
-    let plan = plan::plan(&args, &local)?;
+    let plan = plan::plan(&args, &local);
     let seen = net.snapshot(&args.interface).await?;
     journal.write()?;
     let questions = control::listen()?;
@@ -212,12 +195,13 @@ pub(crate) async fn run(args: Up) -> Outcome {
 
 impl Parent {
     async fn live(&mut self, mut questions: mpsc::Receiver<Asked>) -> Outcome<End> {
+        // Before anything is changed that a signal would leave behind.
+        let mut signals = Signals::new()?;
+        let mut events = self.events()?;
         if self.args.kill_switch && !self.args.split {
             self.capture().await?;
         }
         self.begin().await?;
-        let mut events = self.events()?;
-        let mut signals = Signals::new()?;
         loop {
             tokio::select! {
                 report = self.half.wire.receive::<Report>() => {
@@ -396,6 +380,9 @@ impl Parent {
         self.loosen().await?;
         if !self.captured {
             self.captured = true;
+            // Its address is in no table that this is looked up in; what is sent
+            // from others than the machine's addresses is refused all the same.
+            self.journal.set(PathBuf::from(BIND), "1")?;
             self.net.capture(&self.plan).await?;
         }
         Ok(())
