@@ -92,6 +92,38 @@ impl Net {
         Ok(())
     }
 
+    /// Whether what leads to our table is still there.
+    pub(crate) async fn is_captured(&self, plan: &Plan) -> Outcome<bool> {
+        for family in &self.families {
+            let there = self.our_rules(*family).await?;
+            if there.len() < rules(*family, plan, place_beside(&there))?.len() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Leads what is meant for the tunnel nowhere, while there is no device.
+    pub(crate) async fn shut(&self, plan: &Plan) -> Outcome {
+        for family in &self.families {
+            for prefix in plan.wanted(*family) {
+                self.dead_end(prefix).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends that, where it is not meant to stay.
+    pub(crate) async fn open_up(&self, plan: &Plan, has_v6: bool) -> Outcome {
+        for family in &self.families {
+            let needed = plan.kill_switch || (*family == AddressFamily::Inet6 && !has_v6);
+            if !needed {
+                self.open_others(*family, &[]).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes a device carry what was captured.
     pub(crate) async fn attach(
         &self,
@@ -219,7 +251,11 @@ impl Net {
     async fn rule(&self, rule: RuleMessage) -> Outcome {
         let mut add = self.handle.rule().add();
         *add.message_mut() = rule;
-        add.execute().await.while_doing("add a routing rule")
+        match add.execute().await {
+            // Left by one that was killed while it took over.
+            Err(error) if code(&error) == Some(libc::EEXIST) => Ok(()),
+            done => done.while_doing("add a routing rule"),
+        }
     }
 
     /// The number of a device.
@@ -395,12 +431,14 @@ fn is_without_six(device: &str) -> bool {
 }
 
 fn is_gone(error: &rtnetlink::Error) -> bool {
+    code(error).is_some_and(|code| [libc::ESRCH, libc::ENODEV, libc::ENOENT].contains(&code))
+}
+
+/// What the kernel answered, as an errno.
+fn code(error: &rtnetlink::Error) -> Option<i32> {
     match error {
-        rtnetlink::Error::NetlinkError(message) => {
-            let code = -message.raw_code();
-            [libc::ESRCH, libc::ENODEV, libc::ENOENT].contains(&code)
-        }
-        _ => false,
+        rtnetlink::Error::NetlinkError(message) => Some(-message.raw_code()),
+        _ => None,
     }
 }
 

@@ -1,13 +1,13 @@
 //! The half of `up` with rights.
 
+mod follow;
+
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
-use rtnetlink::MulticastGroup;
 use rvpn_proto::control::{Prefix, Welcome};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
@@ -34,6 +34,8 @@ const RESTARTS: u32 = 3;
 const GOODBYE: Duration = Duration::from_secs(3);
 /// Whether programs may bind to the tunnel's address.
 const BIND: &str = "/proc/sys/net/ipv4/ip_nonlocal_bind";
+/// A session that lasts so long was a success.
+pub(super) const STEADY: Duration = Duration::from_secs(10);
 /// Changes of the network come in swarms.
 const SETTLE: Duration = Duration::from_millis(50);
 
@@ -41,8 +43,11 @@ struct Parent {
     args: Up,
     name: String,
     profile: Profile,
+    authorities: Option<String>,
     to: Address,
     addresses: Vec<SocketAddr>,
+    /// Where newer ones go.
+    found: mpsc::Sender<Vec<SocketAddr>>,
     turn: usize,
     net: Net,
     plan: Plan,
@@ -56,6 +61,8 @@ struct Parent {
     /// For `status`.
     state: &'static str,
     begun: Instant,
+    /// The session that is, or the one that was.
+    since: Instant,
     connected: u64,
     trouble: Option<String>,
     counted: (Way, Way, Option<f64>),
@@ -85,7 +92,8 @@ pub(crate) async fn run(args: Up) -> Outcome {
     let (name, profile) = profile::choose(&args.choice)?;
     let to = profile.address()?;
     // Wrong files are to be known before anything is changed.
-    crate::tls::connector(&profile.trust)?;
+    let authorities = crate::tls::authorities(&profile.trust)?;
+    crate::tls::connector(&profile.trust, authorities.as_deref())?;
     profile.token()?;
     // Nobody reads the key from a process that died, or out of this one.
     nix::sys::prctl::set_dumpable(false).while_doing("hide this process's memory")?;
@@ -103,6 +111,12 @@ pub(crate) async fn run(args: Up) -> Outcome {
         Some(left) if blocked => {
             eprintln!("taking over from a killed 'rvpn up'; what it blocked stays blocked");
             journal.take_over(left).await?;
+        }
+        Some(left) if left.blocks => {
+            return Err(Failure::usage(
+                "what a killed 'rvpn up --kill-switch' blocked is still blocked: go on with \
+                 --kill-switch, or open it first with 'sudo rvpn down --repair'",
+            ));
         }
         Some(left) => {
             eprintln!("putting back what a killed 'rvpn up' had left");
@@ -136,12 +150,15 @@ pub(crate) async fn run(args: Up) -> Outcome {
     };
     let half = Half::start()?;
     let blocks = args.kill_switch;
+    let (find, found) = mpsc::channel(1);
     let mut parent = Parent {
         args,
         name,
         profile,
+        authorities,
         to,
         addresses,
+        found: find,
         turn: 0,
         net,
         plan,
@@ -154,11 +171,12 @@ pub(crate) async fn run(args: Up) -> Outcome {
         restarts: 0,
         state: "connecting",
         begun: Instant::now(),
+        since: Instant::now(),
         connected: 0,
         trouble: None,
         counted: (Way::default(), Way::default(), None),
     };
-    let end = match parent.live(questions).await {
+    let end = match parent.live(questions, found).await {
         Ok(end) => end,
         Err(failure) => End::Failed(failure),
     };
@@ -167,8 +185,8 @@ pub(crate) async fn run(args: Up) -> Outcome {
     let undone = parent.end(stays).await;
     if stays {
         eprintln!(
-            "what the kill switch blocks stays blocked: 'sudo rvpn up' takes over, \
-             'sudo rvpn down --repair' opens it"
+            "what the kill switch blocks stays blocked: 'sudo rvpn up --kill-switch' takes \
+             over, 'sudo rvpn down --repair' opens it"
         );
     }
     if let Some(mender) = mender {
@@ -194,7 +212,11 @@ pub(crate) async fn run(args: Up) -> Outcome {
 }
 
 impl Parent {
-    async fn live(&mut self, mut questions: mpsc::Receiver<Asked>) -> Outcome<End> {
+    async fn live(
+        &mut self,
+        mut questions: mpsc::Receiver<Asked>,
+        mut found: mpsc::Receiver<Vec<SocketAddr>>,
+    ) -> Outcome<End> {
         // Before anything is changed that a signal would leave behind.
         let mut signals = Signals::new()?;
         let mut events = self.events()?;
@@ -211,15 +233,18 @@ impl Parent {
                         None => self.again().await?,
                     }
                 }
-                asked = questions.recv() => match asked {
-                    Some((Question::Status, answer)) => {
+                Some((question, answer)) = questions.recv() => match question {
+                    Question::Status => {
                         let _gone = answer.send(self.status());
                     }
-                    Some((Question::Down, answer)) => return Ok(End::Asked(Some(answer))),
-                    None => return Err(Failure::internal("nobody can reach this process any more")),
+                    Question::Down => return Ok(End::Asked(Some(answer))),
                 },
                 () = signals.any() => return Ok(End::Asked(None)),
                 Some(()) = events.recv() => self.look().await?,
+                Some(addresses) = found.recv() => {
+                    self.addresses = addresses;
+                    self.turn = 0;
+                }
             }
         }
     }
@@ -228,6 +253,7 @@ impl Parent {
         let order = Order::Begin {
             address: self.profile.address.clone(),
             trust: self.profile.trust.clone(),
+            authorities: self.authorities.clone(),
             instance: self.profile.instance.clone(),
             offload: !self.args.no_offload,
             mtu: self.args.mtu,
@@ -269,7 +295,9 @@ impl Parent {
                 rtt_ms,
             } => {
                 self.counted = (outbound, inbound, rtt_ms);
-                self.restarts = 0;
+                if self.since.elapsed() > STEADY {
+                    self.restarts = 0;
+                }
                 Ok(())
             }
             Report::Left => Ok(()),
@@ -296,9 +324,9 @@ impl Parent {
             Ok(token) => token,
             Err(failure) => {
                 let why = failure.to_string();
-                return self
-                    .tell(&Order::NotDialled { why, last: true }, None)
-                    .await;
+                // One that is just being replaced is there a moment later.
+                let last = self.connected == 0;
+                return self.tell(&Order::NotDialled { why, last }, None).await;
             }
         };
         let address = self.addresses[self.turn % self.addresses.len()];
@@ -317,7 +345,12 @@ impl Parent {
         if let Err(failure) = judged {
             let why = failure.to_string();
             self.tell(&Order::Refuse { why }, None).await?;
-            return Err(failure);
+            // What was good before is refused because the network here has
+            // changed. Whoever changed it must not end what protects from them.
+            return match self.connected {
+                0 => Err(failure),
+                _ => Ok(()),
+            };
         }
         let terms = Terms::of(welcome);
         if self
@@ -338,8 +371,9 @@ impl Parent {
         self.state = "connected";
         self.trouble = None;
         self.connected += 1;
+        self.since = Instant::now();
         self.say(welcome);
-        self.refresh().await;
+        self.refresh();
         Ok(())
     }
 
@@ -363,6 +397,8 @@ impl Parent {
     /// A device for these terms, with everything that leads to it.
     async fn build(&mut self, terms: Terms, welcome: &Welcome) -> Outcome {
         if self.device.take().is_some() {
+            // Nothing may find its way out while there is none.
+            self.net.shut(&self.plan).await?;
             self.net.remove(&self.plan.interface).await?;
             self.half.has_device = false;
         }
@@ -370,9 +406,16 @@ impl Parent {
         self.net
             .attach(&self.plan, terms.mtu, terms.v4, terms.v6)
             .await?;
+        self.net.open_up(&self.plan, terms.v6.is_some()).await?;
         self.device = Some((fd, terms));
         self.capture().await?;
         let resolvers = plan::resolvers(&self.args, welcome);
+        if resolvers.is_empty() && self.plan.only.is_none() && !self.args.no_dns {
+            eprintln!(
+                "the gateway suggests no resolver, so names are still asked of this machine's \
+                 own, which the tunnel may not reach: --dns ADDRESS names one"
+            );
+        }
         dns::point(&mut self.journal, &resolvers)
     }
 
@@ -386,58 +429,6 @@ impl Parent {
             self.net.capture(&self.plan).await?;
         }
         Ok(())
-    }
-
-    async fn loosen(&mut self) -> Outcome {
-        for (path, value) in self.net.checks(&self.plan).await? {
-            self.journal.set(path, value)?;
-        }
-        Ok(())
-    }
-
-    /// The gateway's addresses may change while we are connected.
-    async fn refresh(&mut self) {
-        if let Ok(Ok(found)) = timeout(Duration::from_secs(5), reach::resolve(&self.to)).await {
-            self.addresses = found;
-            self.turn = 0;
-        }
-    }
-
-    /// Tells of changes to the network that are not ours.
-    fn events(&self) -> Outcome<mpsc::Receiver<()>> {
-        let groups = [
-            MulticastGroup::Link,
-            MulticastGroup::Ipv4Ifaddr,
-            MulticastGroup::Ipv6Ifaddr,
-            MulticastGroup::Ipv4Route,
-            MulticastGroup::Ipv6Route,
-        ];
-        let opened = rtnetlink::new_multicast_connection(&groups);
-        let (connection, _, mut messages) = opened.while_doing("watch the network")?;
-        tokio::spawn(connection);
-        let (tell, events) = mpsc::channel(1);
-        tokio::spawn(async move {
-            while messages.next().await.is_some() {
-                sleep(SETTLE).await;
-                while let Ok(Some(_)) = timeout(Duration::ZERO, messages.next()).await {}
-                // One that waits already is enough.
-                let _full = tell.try_send(());
-            }
-        });
-        Ok(events)
-    }
-
-    async fn look(&mut self) -> Outcome {
-        let seen = self.net.snapshot(&self.plan.interface).await?;
-        if seen == self.seen {
-            return Ok(());
-        }
-        self.seen = seen;
-        self.local = self.net.local(&self.plan.interface).await?;
-        if self.captured {
-            self.loosen().await?;
-        }
-        self.tell(&Order::Changed, None).await
     }
 
     fn status(&self) -> Value {
