@@ -146,6 +146,16 @@ impl Machine {
     }
 }
 
+impl Drop for Machine {
+    /// One in the background outlives its test otherwise.
+    fn drop(&mut self) {
+        if self.run_dir().join("control.sock").exists() {
+            let mut down = self.command(&["down"]);
+            let _gone = self.ns.output(down.stdout(Stdio::null()));
+        }
+    }
+}
+
 /// A tunnel that is up.
 pub struct Up<'a> {
     pub daemon: Daemon,
