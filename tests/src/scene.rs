@@ -37,7 +37,12 @@ impl Scene {
     /// With these further lines of both configurations.
     pub fn new(helper: &str, gateway: &str) -> Scene {
         let lab = Lab::new();
-        let helper = Helper::serving(&lab, helper);
+        // One after the other, clients may come faster than slots are cleaned.
+        let slots = match helper.contains("slots = ") {
+            true => "",
+            false => "slots = 16\n",
+        };
+        let helper = Helper::serving(&lab, &format!("{helper}{slots}"));
         let gateway = Gateway::start(&lab, &helper, gateway);
         let phone = lab.client("phone", 10);
         let target = Target::of(&gateway);

@@ -143,6 +143,79 @@ fn f_11_each_rule_of_the_gateway_and_its_counter() {
 }
 
 #[test]
+fn f_11_what_only_an_attacker_sends_and_its_counter() {
+    let scene = Scene::default();
+    let servers = scene.servers();
+    let mut outside = Capture::on(&scene.lab.up);
+    on(&scene.phone, async || {
+        let mut session = scene.session(Speech::Text46, "alice").await;
+        let (a, a6) = (session.v4.to_string(), session.source(UP6));
+        let canary = Canary::new();
+        let tcp = |flags: &str| packet::tcp((&a, 1), (UP4, 2), flags, 1, 0, &canary.0);
+        let tcp6 = |flags: &str| packet::tcp((&a6, 1), (UP6, 2), flags, 1, 0, &canary.0);
+        // A packet of somebody else's, as an error would quote it.
+        let quoted = packet::udp("10.64.200.2", 1, UP4, 53, &canary.0);
+        let quoted6 = packet::udp("fd52:5650:1:ffff::1", 1, UP6, 53, &canary.0);
+        let long = packet::udp(&a, 1, UP4, 5353, &[7; 1400]);
+        let pieces = packet::fragments(&long, 704);
+        let cases: [(&str, Vec<Vec<u8>>); 5] = [
+            (
+                "tcp-flags",
+                ["", "SF", "SR", "FPU", "F"]
+                    .iter()
+                    .flat_map(|flags| [tcp(flags), tcp6(flags)])
+                    .collect(),
+            ),
+            (
+                "protocol",
+                vec![
+                    packet::icmp4(&a, UP4, 5, 1, &canary.0),
+                    packet::icmp4(&a, UP4, 9, 0, &canary.0),
+                    packet::icmp6(&a6, UP6, 134, 0, &canary.0),
+                    packet::icmp6(&a6, UP6, 135, 0, &canary.0),
+                    packet::icmp6(&a6, UP6, 137, 0, &canary.0),
+                ],
+            ),
+            (
+                "quoted",
+                vec![
+                    packet::icmp4(&a, UP4, 3, 1, &quoted),
+                    packet::icmp4(&a, UP4, 11, 0, &quoted),
+                    packet::icmp6(&a6, UP6, 1, 4, &quoted6),
+                    packet::icmp6(&a6, UP6, 3, 0, &quoted6),
+                ],
+            ),
+            (
+                "fragment",
+                vec![
+                    // Past the end of any datagram.
+                    but4(pieces[1].clone(), |p| {
+                        p[6..8].copy_from_slice(&[0x1f, 0xff])
+                    }),
+                    // Over the flags of a TCP header that was looked at.
+                    but4(pieces[1].clone(), |p| {
+                        p[6..8].copy_from_slice(&[0x20, 1]);
+                        p[9] = 6;
+                    }),
+                ],
+            ),
+            // A first piece too short for a header.
+            (
+                "malformed",
+                vec![packet::fragments(&tcp("S"), 8)[0].clone()],
+            ),
+        ];
+        for (reason, packets) in &cases {
+            refused(&scene, &mut session, reason, packets).await;
+        }
+        assert_eq!(outside.count(&canary.0), 0);
+        for server in &servers {
+            round_trip(&mut session, server, 4000).await;
+        }
+    });
+}
+
+#[test]
 fn f_11_each_rule_of_the_kernel_and_its_counter() {
     let scene = Scene::new(
         "deny-ports = tcp/25, udp/100-200\nflow-cap = 20\n",
