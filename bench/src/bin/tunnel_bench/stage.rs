@@ -40,6 +40,7 @@ pub(crate) struct Stage {
 impl Stage {
     pub(crate) fn new() -> Stage {
         let lab = Lab::new();
+        lab.bare_wire();
         let helper = Helper::serving(&lab, HELPER);
         let gateway = Gateway::start(&lab, &helper, "");
         let nb = &lab.nb;
