@@ -129,6 +129,13 @@ type Opened<'a> = (IpAddr, IpAddr, u8, &'a [u8]);
 /// Addresses, hops and ICMP of a packet whose sums are right.
 fn open(packet: &[u8]) -> Option<Opened<'_>> {
     let (source, destination, hops, icmp) = open_quoted(packet)?;
+    let announced = match source {
+        IpAddr::V4(_) => usize::from(half(packet, 2)?),
+        IpAddr::V6(_) => V6 + usize::from(half(packet, 4)?),
+    };
+    if announced > packet.len() {
+        return None;
+    }
     let total = match (source, destination) {
         (IpAddr::V6(s), IpAddr::V6(d)) => {
             let length = u16::try_from(icmp.len()).ok()?;

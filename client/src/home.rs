@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{Gid, Uid, User, chown, geteuid};
+use nix::unistd::{Gid, Uid, User, geteuid, setegid, seteuid};
 
 use crate::fail::{Failure, Kind, Outcome, While as _};
 
@@ -56,9 +56,23 @@ impl Owner {
         }
     }
 
+    /// Does what follows with this user's rights, as far as files go: root has no
+    /// business in somebody's home.
+    pub(crate) fn act(&self) -> Outcome<Acting> {
+        if !geteuid().is_root() || self.uid.is_root() {
+            return Ok(Acting { back: false });
+        }
+        setegid(self.gid).while_doing("act as the user who called sudo")?;
+        let acting = Acting { back: true };
+        seteuid(self.uid).while_doing("act as the user who called sudo")?;
+        Ok(acting)
+    }
+
     /// Writes a file that nobody else reads, whole or not at all.
     pub(crate) fn write_private(&self, path: &Path, content: &[u8]) -> Outcome {
-        let dir = path.parent().unwrap_or(Path::new("."));
+        let _owner = self.act()?;
+        let dir = path.parent().filter(|d| !d.as_os_str().is_empty());
+        let dir = dir.unwrap_or(Path::new("."));
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -78,14 +92,31 @@ impl Owner {
                 .open(&fresh)?;
             file.write_all(content)?;
             file.sync_all()?;
-            if geteuid().is_root() && !self.uid.is_root() {
-                chown(&fresh, Some(self.uid), Some(self.gid))?;
-                chown(dir, Some(self.uid), Some(self.gid))?;
-            }
             fs::rename(&fresh, path)?;
             File::open(dir)?.sync_all()
         };
         write().while_doing(format_args!("write {}", path.display()))
+    }
+
+    /// Reads a file of theirs that holds a secret.
+    pub(crate) fn read_private(&self, path: &Path) -> Outcome<String> {
+        let _owner = self.act()?;
+        read_private(path)
+    }
+}
+
+/// As long as this lives, the process acts as somebody else.
+#[must_use]
+pub(crate) struct Acting {
+    back: bool,
+}
+
+impl Drop for Acting {
+    fn drop(&mut self) {
+        if self.back {
+            // Root may always become root again, as its other ids still are.
+            let _root = (seteuid(Uid::from_raw(0)), setegid(Gid::from_raw(0)));
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::fail::{Failure, Kind, Outcome, While as _};
 use crate::home::Owner;
 use crate::http::{Ask, ask};
 use crate::profile::{self, Address, Device, Login, Profile, Trust};
-use crate::text::to_base64;
+use crate::text::{shown, to_base64};
 use crate::{reach, tls};
 
 /// What an invite says.
@@ -148,7 +148,7 @@ pub(crate) async fn run(args: Join) -> Outcome {
     println!(
         "joined {} as {}; kept in {}",
         invite.address,
-        joined.account,
+        shown(&joined.account),
         path.display()
     );
     Ok(())

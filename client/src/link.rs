@@ -22,6 +22,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 use crate::fail::{Failure, Kind};
 use crate::profile::{Address, Hidden, encode, program};
+use crate::text::shown;
 use crate::tls;
 
 /// Largest message that is taken.
@@ -84,9 +85,7 @@ where
     let late = |what: &str| {
         Failure::unavailable(format!("{} does not finish {what} in {PATIENCE:?}", ask.to))
     };
-    let tls = timeout(PATIENCE, tls::handshake(connector, ask.to, tcp))
-        .await
-        .map_err(|_| late("the TLS handshake"))??;
+    let tls = tls::handshake(connector, ask.to, tcp).await?;
     let mut socket = timeout(PATIENCE, upgrade(&ask, tls))
         .await
         .map_err(|_| late("the upgrade"))??;
@@ -263,7 +262,10 @@ pub(crate) fn sent_away(to: &Address, said: Option<Goodbye>, frame: Option<Close
         _ => Kind::Unavailable,
     };
     Denied {
-        failure: Failure::new(kind, format!("{to} ended the session: {reason} ({code})")),
+        failure: Failure::new(
+            kind,
+            format!("{to} ended the session: {} ({code})", shown(&reason)),
+        ),
         again,
         after,
     }

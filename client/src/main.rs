@@ -29,8 +29,13 @@ fn main() -> ExitCode {
         Err(error) => {
             // Help and version are no errors; wrong usage has a status of its own.
             let _closed = error.print();
-            let wrong = error.use_stderr();
-            return ExitCode::from(u8::from(wrong));
+            let pings = std::env::args_os().nth(1).is_some_and(|w| w == "ping");
+            return ExitCode::from(match (error.use_stderr(), pings) {
+                (false, _) => 0,
+                (true, false) => 1,
+                // As ping does: 1 means that nobody answered.
+                (true, true) => 2,
+            });
         }
     };
     let runtime = tokio::runtime::Builder::new_current_thread()

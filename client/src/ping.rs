@@ -18,6 +18,7 @@ use crate::echo::{Heard, Pinger};
 use crate::fail::{Failure, Outcome};
 use crate::link::{Ask, Socket, goodbye, open, sent_away};
 use crate::profile::{self, Address, Profile};
+use crate::text::shown;
 use crate::{reach, tls};
 
 /// Largest payload: more would not fit a packet of the tunnel.
@@ -117,7 +118,8 @@ impl Talk {
             .map_err(|_| Failure::unavailable(format!("no answer about the name {host}")))??;
         match found.error {
             Some(error) => Err(Failure::unavailable(format!(
-                "{host}: {error} (asked at the gateway)"
+                "{host}: {} (asked at the gateway)",
+                shown(&error)
             ))),
             None => Ok(found.addresses),
         }

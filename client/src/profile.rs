@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::Choice;
 use crate::fail::{Failure, Kind, Outcome, While as _};
-use crate::home::{Owner, read_private};
+use crate::home::Owner;
 use crate::text::{from_base64, now, to_base64};
 
 /// How long a token of a device is good; it is needed for one login only.
@@ -155,7 +155,7 @@ impl Profile {
         match &self.login {
             Login::Device(device) => device.token(),
             Login::Token(file) => {
-                let text = read_private(&file.token_file)?;
+                let text = Owner::current()?.read_private(&file.token_file)?;
                 let token = text.trim();
                 let fits = token.bytes().all(|b| b.is_ascii_graphic());
                 if token.is_empty() || !fits {
@@ -244,8 +244,8 @@ pub(crate) fn names(owner: &Owner) -> Vec<String> {
     names
 }
 
-fn read(path: &Path) -> Outcome<Profile> {
-    let text = read_private(path)?;
+fn read(owner: &Owner, path: &Path) -> Outcome<Profile> {
+    let text = owner.read_private(path)?;
     toml::from_str(&text).map_err(|e| {
         // The text of a syntax error would show the line, and with it the key.
         let message = format!("{}: {}", path.display(), e.message());
@@ -304,7 +304,7 @@ pub(crate) fn choose(choice: &Choice) -> Outcome<(String, Profile)> {
             "no gateway is called '{name}': {known}"
         )));
     }
-    Ok((name, read(&path)?))
+    Ok((name, read(&owner, &path)?))
 }
 
 /// Keeps a gateway.

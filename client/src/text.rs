@@ -143,6 +143,17 @@ pub(crate) fn moment(seconds: u64) -> String {
     format!("{year:04}-{month:02}-{day:02} {h:02}:{m:02}:{s:02} UTC")
 }
 
+/// What strangers said, fit for a terminal: nothing that moves the cursor or
+/// turns the direction of what follows.
+pub(crate) fn shown(text: &str) -> String {
+    let fit = |c: char| match c {
+        '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' => '\u{fffd}',
+        c if c.is_control() => '\u{fffd}',
+        c => c,
+    };
+    text.chars().take(500).map(fit).collect()
+}
+
 /// Lines of columns, each as wide as its widest cell.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);

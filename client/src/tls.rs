@@ -6,6 +6,7 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use aws_lc_rs::digest::{SHA256, digest};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -16,6 +17,7 @@ use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
@@ -23,6 +25,8 @@ use crate::fail::{Failure, Kind, Outcome, While as _};
 use crate::profile::{Address, Trust};
 use crate::text::{from_hex, to_hex};
 
+/// How long a handshake may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Where Debian and most others keep the authorities.
 const SYSTEM: &str = "/etc/ssl/certs/ca-certificates.crt";
 
@@ -96,10 +100,12 @@ where
 {
     let name = ServerName::try_from(to.host.clone())
         .map_err(|_| Failure::usage(format!("'{}' cannot be a server's name", to.host)))?;
-    connector
-        .connect(name, io)
-        .await
-        .map_err(|error| explain(to, &error))
+    match timeout(PATIENCE, connector.connect(name, io)).await {
+        Ok(done) => done.map_err(|error| explain(to, &error)),
+        Err(_) => Err(Failure::unavailable(format!(
+            "{to} does not finish the TLS handshake in {PATIENCE:?}: is it an RVPN gateway?"
+        ))),
+    }
 }
 
 /// What went wrong, and what to do about it.

@@ -6,18 +6,23 @@
 
 pub mod inherited;
 
+use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::os::fd::AsFd;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use nix::sys::socket::{Backlog, listen};
+use rustls::server::Acceptor;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
+use tokio_rustls::LazyConfigAcceptor;
 use tracing::{debug, warn};
 
 use crate::admit::{Counted, Io, Prefixed};
@@ -197,10 +202,17 @@ async fn dress(
     }
     let deadline = Instant::now() + limit;
     let handshake = async {
+        let greeting = LazyConfigAcceptor::new(Acceptor::default(), raw).await?;
+        let mut answer = pin!(greeting.into_stream(front.tls.config()));
+        // The costly part is the first turn, in which keys are agreed on and
+        // signed for. Whoever then says nothing holds no permit.
         let permit = front.handshakes.acquire().await.map_err(io::Error::other)?;
-        let stream = front.tls.acceptor().accept(raw).await;
+        let turn = poll_fn(|cx| Poll::Ready(answer.as_mut().poll(cx))).await;
         drop(permit);
-        stream
+        match turn {
+            Poll::Ready(done) => done,
+            Poll::Pending => answer.await,
+        }
     };
     Ok(Io::tls(timeout_at(deadline, handshake).await??))
 }

@@ -17,7 +17,6 @@ use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::version::{TLS12, TLS13};
-use tokio_rustls::TlsAcceptor;
 
 use crate::config::Config;
 
@@ -77,7 +76,7 @@ pub enum TlsError {
 pub struct Prepared(Current);
 
 struct Current {
-    acceptor: TlsAcceptor,
+    config: Arc<ServerConfig>,
     fingerprint: Fingerprint,
     own: bool,
 }
@@ -106,8 +105,8 @@ impl Tls {
     }
 
     /// For the next handshake.
-    pub fn acceptor(&self) -> TlsAcceptor {
-        self.current.load().acceptor.clone()
+    pub fn config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.current.load().config)
     }
 
     /// What clients see.
@@ -159,7 +158,7 @@ fn current(config: &Config) -> Result<Current, TlsError> {
     // Early data can be replayed, and with it a login.
     server.max_early_data_size = 0;
     Ok(Current {
-        acceptor: TlsAcceptor::from(Arc::new(server)),
+        config: Arc::new(server),
         fingerprint,
         own,
     })

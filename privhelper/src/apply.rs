@@ -7,7 +7,7 @@ use std::io;
 use rvpn_ipc::Slot;
 
 use crate::config::Config;
-use crate::kernel::link::{self, Link};
+use crate::kernel::link::{self, Link, TunState};
 use crate::kernel::sysctl::{self, Journal};
 use crate::kernel::tun::{OFFLOAD, Tun};
 use crate::kernel::{Kernel, conntrack, ruleset};
@@ -63,20 +63,17 @@ pub(crate) fn survey(k: &mut Kernel) -> io::Result<Survey> {
 
 /// Whether the link is a slot exactly as we make them.
 pub(crate) fn is_sound(c: &Config, l: &Link) -> bool {
-    let ours = l
-        .tun
-        .is_some_and(|t| t.sound && t.owner == Some(c.helper.uid));
-    ours && l.group == c.link_group && l.up && l.mtu == u32::from(c.mtu)
+    let ours = l.group == c.link_group && l.up && l.mtu == u32::from(c.mtu);
+    let owned = |t: TunState| t.sound && t.owner == Some(c.helper.uid);
+    ours && l.tun.is_some_and(owned)
 }
 
 /// Whether the device still has its host addresses: the IPv6 one comes with a lease.
 pub(crate) fn addressed(k: &mut Kernel, slot: Slot, index: u32, leased: bool) -> io::Result<bool> {
     let hosts = plan::hosts(&k.config, slot);
     let found = link::addresses(k, Some(index))?;
-    let wanted = &hosts[..if leased { 2 } else { 1 }];
-    Ok(wanted
-        .iter()
-        .all(|host| found.iter().any(|f| f.net == *host)))
+    let has = |host| found.iter().any(|f| f.net == host);
+    Ok(has(hosts[0]) && (!leased || has(hosts[1])))
 }
 
 /// The error for a device that somebody else made under one of our names.
@@ -91,10 +88,8 @@ pub(crate) fn open_uplinks(k: &mut Kernel, uplinks: &[u32]) -> io::Result<()> {
     let mut journal = Journal::open(&k.config.state)?;
     for &index in uplinks {
         let name = link::get(k, index)?.name;
-        let (v4, v6) = (
-            format!("net/ipv4/conf/{name}"),
-            format!("net/ipv6/conf/{name}"),
-        );
+        let v4 = format!("net/ipv4/conf/{name}");
+        let v6 = format!("net/ipv6/conf/{name}");
         journal.raise(&format!("{v4}/forwarding"), "1")?;
         journal.raise(&format!("{v4}/arp_ignore"), "1")?;
         journal.raise(&format!("{v4}/arp_announce"), "2")?;
@@ -198,9 +193,8 @@ pub(crate) fn recreate(k: &mut Kernel, slot: Slot, index: u32, tag: Tag) -> io::
         }
     }
     let made = create(k, &[(slot, tag)])?;
-    made.first()
-        .map(|m| m.1)
-        .ok_or_else(|| io::Error::other("no device was made"))
+    let index = made.first().map(|m| m.1);
+    index.ok_or_else(|| io::Error::other("no device was made"))
 }
 
 /// What holds for all slots: the stream ranges, the uplinks, the table. Returns its rules.
@@ -224,26 +218,18 @@ pub(crate) fn restore_rules(k: &mut Kernel, uplinks: &[u32], leases: &[Live]) ->
     Ok(rules)
 }
 
-/// What a teardown did.
-pub(crate) struct Removed {
-    pub(crate) devices: usize,
-    pub(crate) sysctls: usize,
-    /// Devices with a name or group of ours that somebody else made.
-    pub(crate) kept: Vec<String>,
-}
-
-/// Removes every trace of ours, and nothing else.
-pub(crate) fn teardown(k: &mut Kernel) -> io::Result<Removed> {
+/// Removes every trace of ours, and nothing else. Returns how many devices were
+/// removed and sysctls put back, and the names of ours that somebody else gave.
+pub(crate) fn teardown(k: &mut Kernel) -> io::Result<(usize, usize, Vec<String>)> {
     let found = survey(k)?;
     for some in found.ours.chunks(BATCH) {
         let devices: Vec<_> = some.iter().map(|d| (d.slot, d.index)).collect();
         link::unroute(k, &devices);
     }
     if found.shared_group {
-        found
-            .ours
-            .iter()
-            .try_for_each(|d| link::delete(k, d.index))?;
+        for d in &found.ours {
+            link::delete(k, d.index)?;
+        }
     } else if !found.ours.is_empty() {
         link::delete_group(k)?;
     }
@@ -257,9 +243,5 @@ pub(crate) fn teardown(k: &mut Kernel) -> io::Result<Removed> {
     for path in [k.config.socket.clone(), k.config.lock_path()] {
         sysctl::if_there(fs::remove_file(&path))?;
     }
-    Ok(Removed {
-        devices: found.ours.len(),
-        sysctls,
-        kept: found.foreign,
-    })
+    Ok((found.ours.len(), sysctls, found.foreign))
 }

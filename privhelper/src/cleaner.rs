@@ -154,7 +154,6 @@ fn forget(k: &mut Kernel, slot: Slot) -> io::Result<()> {
         }
     }
     let name = plan::device_name(slot);
-    Err(io::Error::other(format!(
-        "flows of {name} remain after {FLUSHES} flushes"
-    )))
+    let why = format!("flows of {name} remain after {FLUSHES} flushes");
+    Err(io::Error::other(why))
 }

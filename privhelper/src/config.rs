@@ -39,39 +39,54 @@ pub(crate) struct User {
     pub(crate) gid: u32,
 }
 
-/// The whole configuration, checked.
-#[derive(Clone, Debug)]
-pub(crate) struct Config {
-    pub(crate) pool4: Net,
-    pub(crate) pool6: Net,
-    pub(crate) stream4: Net,
-    pub(crate) stream6: Net,
+/// The configuration by its keys: each gives a field its type, and what reads the
+/// value. What stands above can be used below. The defaults are in the example.
+macro_rules! config {
+    (|$v:ident, $env:ident| $($(#[$doc:meta])* $field:ident: $kind:ty = $key:literal, $read:expr;)*) => {
+        /// The whole configuration, checked.
+        #[derive(Clone, Debug)]
+        pub(crate) struct Config {
+            $($(#[$doc])* pub(crate) $field: $kind,)*
+            /// Sorted by number, at most 16, the first is class 0.
+            pub(crate) classes: Vec<Class>,
+        }
+
+        fn read($v: &Values, $env: &Environment) -> Result<Config, String> {
+            $(let $field: $kind = $v.get($key, $read)?;)*
+            Ok(Config { $($field,)* classes: $v.classes()? })
+        }
+    };
+}
+
+config! { |v, env|
+    pool4: Net = "pool4", |s| net(s, 32);
+    pool6: Net = "pool6", |s| if s == "auto" { ula(env) } else { net(s, 128) };
+    stream4: Net = "stream4", |s| net(s, 32);
+    stream6: Net = "stream6", |s| if s == "auto" { Ok(last_subnet(pool6, 112)) } else { net(s, 128) };
     /// Devices created before the socket opens.
-    pub(crate) slots: u32,
+    slots: u32 = "slots", number;
     /// Devices created at a time when fewer than this are free.
-    pub(crate) grow: u32,
-    pub(crate) max_slots: u32,
-    pub(crate) helper: User,
-    pub(crate) gateway: User,
+    grow: u32 = "grow", least(1, "would never grow: give at least 1");
+    max_slots: u32 = "max-slots", |s| v.or_more("max-slots", slots, number(s)?);
+    helper: User = "helper-user", |s| user(s, env);
+    gateway: User = "gateway-user", |s| user(s, env);
     /// Interfaces clients leave by; none named means whatever holds the default routes.
-    pub(crate) uplink: Vec<String>,
-    pub(crate) nat_low: u16,
-    pub(crate) nat_high: u16,
-    pub(crate) linger: Duration,
-    /// Seconds after which an idle flow of ours is forgotten.
-    pub(crate) tcp_established: u32,
-    pub(crate) tcp_transitory: u32,
-    pub(crate) udp: u32,
-    pub(crate) udp_replied: u32,
-    /// Sorted by number, at most 16, the first is class 0.
-    pub(crate) classes: Vec<Class>,
-    pub(crate) mtu: u16,
-    pub(crate) txqueuelen: u32,
-    pub(crate) socket: PathBuf,
+    uplink: Vec<String> = "uplink", uplink;
+    /// Lowest and highest port client traffic is translated to.
+    nat: (u16, u16) = "nat-range", range;
+    linger: Duration = "linger", |s| number(s).map(Duration::from_secs);
+    /// Seconds after which an idle flow of ours is forgotten, as the three below.
+    tcp_established: u32 = "ct-timeout.tcp-established", number;
+    tcp_transitory: u32 = "ct-timeout.tcp-transitory", number;
+    udp: u32 = "ct-timeout.udp", number;
+    udp_replied: u32 = "ct-timeout.udp-replied", number;
+    mtu: u16 = "mtu", least(1280, "is below 1280, the least IPv6 needs");
+    txqueuelen: u32 = "txqueuelen", least(1, "drops every packet: give at least 1");
+    socket: PathBuf = "socket", path;
     /// Directory of the sysctl journal.
-    pub(crate) state: PathBuf,
-    pub(crate) link_group: u32,
-    pub(crate) offload: bool,
+    state: PathBuf = "state", path;
+    link_group: u32 = "link-group", least(1, "is every interface's own: give another number");
+    offload: bool = "offload", on;
 }
 
 impl Config {
@@ -111,9 +126,10 @@ pub(crate) fn load(path: &Path) -> Result<Config, String> {
     let meta = file.metadata().map_err(failed)?;
     let (uid, me) = (meta.uid(), nix::unistd::geteuid().as_raw());
     let trusted = uid == 0 || uid == me && confine::in_user_namespace();
+    let remedy = format!("chown root {shown}");
     ensure!(
         trusted,
-        "{shown}: owned by uid {uid}, must be root's: chown root {shown}"
+        "{shown}: owned by uid {uid}, must be root's: {remedy}"
     );
     let closed = meta.mode() & 0o022 == 0;
     ensure!(closed, "{shown}: others may write it: chmod go-w {shown}");
@@ -125,50 +141,14 @@ pub(crate) fn load(path: &Path) -> Result<Config, String> {
 }
 
 pub(crate) fn parse(text: &str, env: &Environment) -> Result<Config, String> {
-    let v = Values::read(text)?;
-    let auto = |s: &str, auto: &dyn Fn() -> Result<Net, String>| match s {
-        "auto" => auto(),
-        _ => net(s, 128),
-    };
-    let pool6 = v.get("pool6", |s| auto(s, &|| ula(env)))?;
-    let streams = pool6.at(0xffff << 64, 112);
-    let (nat_low, nat_high) = v.get("nat-range", range)?;
-    let (slots, most) = (v.get("slots", number)?, v.get("max-slots", number)?);
-    let said = v.said.contains_key("max-slots");
-    let config = Config {
-        pool4: v.get("pool4", |s| net(s, 32))?,
-        pool6,
-        stream4: v.get("stream4", |s| net(s, 32))?,
-        stream6: v.get("stream6", |s| auto(s, &|| Ok(streams)))?,
-        slots,
-        grow: v.get("grow", least(1, "would never grow: give at least 1"))?,
-        max_slots: if said { most } else { most.max(slots) },
-        helper: v.get("helper-user", |s| user(s, env))?,
-        gateway: v.get("gateway-user", |s| user(s, env))?,
-        uplink: v.get("uplink", uplink)?,
-        nat_low,
-        nat_high,
-        linger: Duration::from_secs(v.get("linger", number)?),
-        tcp_established: v.get("ct-timeout.tcp-established", number)?,
-        tcp_transitory: v.get("ct-timeout.tcp-transitory", number)?,
-        udp: v.get("ct-timeout.udp", number)?,
-        udp_replied: v.get("ct-timeout.udp-replied", number)?,
-        classes: v.classes()?,
-        mtu: v.get("mtu", least(1280, "is below 1280, the least IPv6 needs"))?,
-        txqueuelen: v.get(
-            "txqueuelen",
-            least(1, "drops every packet: give at least 1"),
-        )?,
-        socket: v.get("socket", path)?,
-        state: v.get("state", path)?,
-        link_group: v.get(
-            "link-group",
-            least(1, "is every interface's own: give another"),
-        )?,
-        offload: v.get("offload", on)?,
-    };
+    let config = read(&Values::new(text)?, env)?;
     check(&config)?;
     Ok(config)
+}
+
+/// Where the streams' addresses are, within the pool's own /48.
+fn last_subnet(pool6: Net, len: u8) -> Net {
+    pool6.at(0xffff << 64, len)
 }
 
 /// Each key's value and the line it stands on.
@@ -185,10 +165,8 @@ fn lines<'a>(text: impl Iterator<Item = &'a str>) -> Result<Lines, String> {
         let (key, value) = parts.ok_or(format!("line {n}: '{line}' is not 'key = value'"))?;
         let (key, value) = (key.trim(), value.trim().trim_matches('"').trim());
         if let Some((first, _)) = values.insert(key.to_owned(), (n, value.to_owned())) {
-            let remedy = "keep one";
-            return Err(format!(
-                "line {n}: '{key}' was set on line {first} already: {remedy}"
-            ));
+            let again = format!("'{key}' was set on line {first} already");
+            return Err(format!("line {n}: {again}: keep one"));
         }
     }
     Ok(values)
@@ -197,7 +175,7 @@ fn lines<'a>(text: impl Iterator<Item = &'a str>) -> Result<Lines, String> {
 /// `class.N.key` for N from 1 to 15: the number and the key.
 fn class_key(key: &str) -> Option<(u8, &str)> {
     let (n, key) = key.strip_prefix("class.")?.split_once('.')?;
-    Some((n.parse().ok().filter(|n| (1..16).contains(n))?, key))
+    Some(((1..16).find(|c| c.to_string() == n)?, key))
 }
 
 struct Values {
@@ -206,7 +184,7 @@ struct Values {
 }
 
 impl Values {
-    fn read(text: &str) -> Result<Values, String> {
+    fn new(text: &str) -> Result<Values, String> {
         let defaults = lines(EXAMPLE.lines().filter_map(|l| l.strip_prefix("#= ")))?;
         let said = lines(text.lines())?;
         let model = |key: &str| match class_key(key) {
@@ -214,13 +192,10 @@ impl Values {
             None => key.to_owned(),
         };
         if let Some((key, (n, _))) = said.iter().find(|(k, _)| !defaults.contains_key(&model(k))) {
-            let near = defaults
-                .keys()
-                .min_by_key(|k| distance(k.as_bytes(), key.as_bytes()));
-            let near = near.map_or("", String::as_str);
-            return Err(format!(
-                "line {n}: unknown key '{key}'; did you mean '{near}'?"
-            ));
+            let far = |k: &&String| distance(k.as_bytes(), key.as_bytes());
+            let near = defaults.keys().min_by_key(far).map_or("", String::as_str);
+            let why = format!("unknown key '{key}'; did you mean '{near}'?");
+            return Err(format!("line {n}: {why}"));
         }
         Ok(Values { said, defaults })
     }
@@ -234,6 +209,15 @@ impl Values {
             Err(default) => ("default".to_owned(), default.map_or("", |d| d.1.as_str())),
         };
         f(value).map_err(|why| format!("{place}: {key} = '{value}' {why}"))
+    }
+
+    /// What is said under the key; what is not said is not below this.
+    fn or_more(&self, key: &str, low: u32, n: u32) -> Result<u32, String> {
+        Ok(if self.said.contains_key(key) {
+            n
+        } else {
+            n.max(low)
+        })
     }
 
     /// Class 0, and each that `class.N.key` says something about.
@@ -308,10 +292,8 @@ pub(crate) fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
 
 /// A private /48 that is this machine's own and the same at every start.
 fn ula(env: &Environment) -> Result<Net, String> {
-    let (id, missing) = (
-        env.machine_id.trim(),
-        "/etc/machine-id, which is missing or empty",
-    );
+    let id = env.machine_id.trim();
+    let missing = "/etc/machine-id, which is missing or empty";
     ensure!(
         id.len() >= 16,
         "needs {missing}: give a /48 out of fd00::/8"
@@ -342,10 +324,8 @@ fn range(s: &str) -> Result<(u16, u16), String> {
     let (low, high) = ends.ok_or("is not a range such as 16384-32767")?;
     let (low, high): (u16, u16) = (number(low.trim())?, number(high.trim())?);
     let large = low >= 1024 && u32::from(high) >= u32::from(low) + 1023;
-    ensure!(
-        large,
-        "is too small: it must hold at least 1024 ports from 1024 up"
-    );
+    let wanted = "it must hold at least 1024 ports from 1024 up";
+    ensure!(large, "is too small: {wanted}");
     Ok((low, high))
 }
 
@@ -385,8 +365,7 @@ fn path(s: &str) -> Result<PathBuf, String> {
 fn check(c: &Config) -> Result<(), String> {
     let (pool4, pool6, stream4, own) = (c.pool4, c.pool6, c.stream4, c.own_nets());
     // The streams' last subnet of the pool's own /48 is meant to be inside it.
-    let last = pool6.at(0xffff << 64, 64);
-    let meant = c.stream6.len >= 64 && last.overlaps(c.stream6);
+    let meant = c.stream6.len >= 64 && last_subnet(pool6, 64).overlaps(c.stream6);
     for (i, a) in own.into_iter().enumerate() {
         for &b in &own[i + 1..] {
             let apart = !a.overlaps(b) || meant && (a, b) == (pool6, c.stream6);
@@ -394,26 +373,21 @@ fn check(c: &Config) -> Result<(), String> {
         }
         for n in c.classes.iter().flat_map(|k| &k.allow) {
             let theirs = !n.overlaps(a);
-            ensure!(
-                theirs,
-                "allow = '{n}' opens {a}, the clients' own range: remove it"
-            );
+            let what = format!("'{n}' opens {a}, the clients' own range");
+            ensure!(theirs, "allow = {what}: remove it");
         }
     }
     ensure!(pool6.len == 48, "pool6 = '{pool6}' is not a /48");
     // Slots the IPv4 ranges number: a /24 of the pool and one stream address each.
     let pool = 1_u64 << 24_u8.saturating_sub(pool4.len);
     let pool = if pool4.len > 24 { 0 } else { pool };
-    let room = pool
-        .min(1 << (32 - stream4.len))
-        .min(plan::MAX_SLOTS.into());
+    let streams = 1 << (32 - stream4.len);
+    let room = pool.min(streams).min(plan::MAX_SLOTS.into());
     let (slots, most) = (c.slots, c.max_slots);
     let why = format!("pool4 {pool4} and stream4 {stream4} have room for {room}");
     let fits = u64::from(most) <= room;
-    ensure!(
-        fits,
-        "max-slots = {most} does not fit: {why}; enlarge them or lower max-slots"
-    );
+    let remedy = "enlarge them or lower max-slots";
+    ensure!(fits, "max-slots = {most} does not fit: {why}; {remedy}");
     let fits = 1 <= slots && slots <= most;
     ensure!(fits, "slots = {slots} is not from 1 to max-slots = {most}");
     Ok(())

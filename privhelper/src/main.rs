@@ -7,7 +7,11 @@
 /// One line to the log, with its priority where the journal reads it. That nobody
 /// reads it, or that it is full, is no reason to stop.
 macro_rules! say {
-    ($priority:expr, $($text:tt)*) => {{
+    (critical: $($text:tt)*) => { say!(2, $($text)*) };
+    (error: $($text:tt)*) => { say!(3, $($text)*) };
+    (warning: $($text:tt)*) => { say!(4, $($text)*) };
+    (notice: $($text:tt)*) => { say!(5, $($text)*) };
+    ($priority:literal, $($text:tt)*) => {{
         use std::io::Write as _;
         let line = match std::env::var_os("JOURNAL_STREAM") {
             Some(_) => format!("<{}>{}\n", $priority, format_args!($($text)*)),
@@ -33,6 +37,7 @@ mod cleaner;
 mod config;
 mod confine;
 #[cfg(feature = "fault-hooks")]
+#[path = "../tests/hooks/fault.rs"]
 mod fault;
 mod kernel;
 mod net;
@@ -46,7 +51,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -54,7 +59,6 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 use rvpn_ipc::seqpacket;
 
-use check::Weight;
 use config::Config;
 use kernel::{Kernel, host, link, ruleset, sysctl};
 
@@ -102,81 +106,51 @@ fn unavailable(place: impl std::fmt::Display) -> impl Fn(io::Error) -> Failure {
 fn main() -> ExitCode {
     // Half alive is worse than dead: whoever supervises starts a whole one.
     std::panic::set_hook(Box::new(|info| {
-        say!(2, "internal error: {info}");
+        say!(critical: "internal error: {info}");
         std::process::exit(INTERNAL.into());
     }));
     let Err(Failure(code, text)) = run() else {
         return ExitCode::SUCCESS;
     };
     let usage = if code == BAD_USAGE { USAGE } else { "" };
-    say!(
-        3,
-        "{text}{}{usage}",
-        if usage.is_empty() { "" } else { "\n" }
-    );
+    say!(error: "{}", format!("{text}\n{usage}").trim_end());
     ExitCode::from(code)
-}
-
-struct Arguments {
-    command: String,
-    config: PathBuf,
-    json: bool,
-}
-
-/// What is asked for; `None` when it was answered here.
-fn arguments() -> Result<Option<Arguments>, Failure> {
-    let usage = |text: String| Err(Failure(BAD_USAGE, text));
-    let (mut command, mut config, mut json) = (String::new(), PathBuf::from(DEFAULT_CONFIG), false);
-    // What is no text is understood by nobody further down.
-    let text = |a: std::ffi::OsString| a.to_string_lossy().into_owned();
-    let mut args = std::env::args_os().skip(1).map(text);
-    while let Some(a) = args.next() {
-        match a.as_str() {
-            "--help" | "-h" => {
-                print!("{USAGE}");
-                return Ok(None);
-            }
-            "--version" | "-V" => {
-                println!("rvpn-privhelper {}", env!("CARGO_PKG_VERSION"));
-                return Ok(None);
-            }
-            "--config" => match args.next() {
-                Some(path) if path.starts_with('/') => config = path.into(),
-                Some(path) => return usage(format!("--config '{path}' is not an absolute path")),
-                None => return usage("--config needs a file".to_owned()),
-            },
-            "--json" if command == "status" => json = true,
-            "provision" | "serve" | "status" | "check" | "teardown" if command.is_empty() => {
-                command = a;
-            }
-            _ => return usage(format!("'{a}' is not understood here")),
-        }
-    }
-    if command.is_empty() {
-        return usage("a command is needed".to_owned());
-    }
-    Ok(Some(Arguments {
-        command,
-        config,
-        json,
-    }))
 }
 
 fn run() -> Result<(), Failure> {
     let listeners = notify::passed_listeners();
     confine::settle(listeners).map_err(|e| Failure(BAD_CONFIG, e.to_string()))?;
-    let Some(args) = arguments()? else {
-        return Ok(());
-    };
-    let config = config::load(&args.config).map_err(|e| Failure(BAD_CONFIG, e))?;
-    let config = Arc::new(config);
-    match args.command.as_str() {
-        "provision" => provision(&config),
-        "serve" => serve(config, listeners),
-        "status" => status(&config, args.json),
-        "check" => check(&config),
-        _ => teardown(&config),
+    // What is no text is understood by nobody further down.
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
+    let mut words: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+    let mut path = DEFAULT_CONFIG;
+    if let Some(at) = words.iter().position(|w| *w == "--config") {
+        path = words.get(at + 1).copied().unwrap_or_default();
+        words.drain(at..words.len().min(at + 2));
     }
+    if !path.starts_with('/') {
+        let why = "--config needs the absolute path of a file";
+        return Err(Failure(BAD_USAGE, format!("{why}, not '{path}'")));
+    }
+    let load = || config::load(path.as_ref()).map_err(|e| Failure(BAD_CONFIG, e));
+    let config = || load().map(Arc::new);
+    match words[..] {
+        ["--help" | "-h", ..] | [.., "--help" | "-h"] => print!("{USAGE}"),
+        ["--version" | "-V", ..] => println!("rvpn-privhelper {}", env!("CARGO_PKG_VERSION")),
+        ["provision"] => provision(&config()?)?,
+        ["serve"] => serve(config()?, listeners)?,
+        ["status"] => status(&config()?, false)?,
+        ["status", "--json"] => status(&config()?, true)?,
+        ["check"] => check(&config()?)?,
+        ["teardown"] => teardown(&config()?)?,
+        [] => return Err(Failure(BAD_USAGE, "a command is needed".to_owned())),
+        _ => {
+            let why = format!("'{}' is not understood", words.join(" "));
+            return Err(Failure(BAD_USAGE, why));
+        }
+    }
+    Ok(())
 }
 
 /// Makes a directory none but we and our group look into; false when it is there already.
@@ -193,11 +167,9 @@ fn lock(config: &Config) -> Result<Flock<File>, Failure> {
     let (state, path) = (&config.state, config.lock_path());
     let open = || {
         make_directory(state)?;
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)?;
+        let mut options = OpenOptions::new();
+        options.create(true).truncate(false).write(true);
+        let file = options.open(&path)?;
         if geteuid().is_root() {
             chown(state, Some(config.helper.uid), Some(config.helper.gid))?;
         }
@@ -215,16 +187,15 @@ fn insist(k: &mut Kernel) -> Result<(), Failure> {
     let mut wrong = Vec::new();
     for (weight, text) in check::host(k)? {
         match weight {
-            Weight::Wrong => wrong.push(text),
-            Weight::Warning => say!(4, "warning: {text}"),
-            Weight::Good => {}
+            check::WRONG => wrong.push(text),
+            check::WARNING => say!(warning: "warning: {text}"),
+            _ => {}
         }
     }
-    if wrong.is_empty() {
-        Ok(())
-    } else {
-        Err(Failure(BAD_CONFIG, wrong.join("\n")))
+    if !wrong.is_empty() {
+        return Err(Failure(BAD_CONFIG, wrong.join("\n")));
     }
+    Ok(())
 }
 
 fn provision(config: &Arc<Config>) -> Result<(), Failure> {
@@ -253,7 +224,7 @@ fn two_users(c: &Config) -> Result<(), Failure> {
     Err(Failure(BAD_CONFIG, format!("{found}: {wanted}")))
 }
 
-fn serve(config: Arc<Config>, passed: u32) -> Result<(), Failure> {
+fn serve(config: Arc<Config>, passed: u64) -> Result<(), Failure> {
     two_users(&config)?;
     // Let go of by the kernel, with the process: unlocking is no call the filter allows.
     let _lock = ManuallyDrop::new(lock(&config)?);
@@ -272,11 +243,8 @@ fn serve(config: Arc<Config>, passed: u32) -> Result<(), Failure> {
 
 /// A socket of our own in a directory others cannot write.
 fn listen(config: &Config) -> Result<OwnedFd, Failure> {
-    let (path, root, gateway) = (
-        &config.socket,
-        geteuid().is_root(),
-        Some(config.gateway.gid),
-    );
+    let (path, root) = (&config.socket, geteuid().is_root());
+    let gateway = Some(config.gateway.gid);
     let dir = path.parent().unwrap_or(Path::new("/"));
     let prepared = || {
         if make_directory(dir)? {
@@ -310,22 +278,16 @@ fn listen(config: &Config) -> Result<OwnedFd, Failure> {
 fn check(config: &Arc<Config>) -> Result<(), Failure> {
     let mut findings = check::host(&mut Kernel::open(config)?)?;
     let shared = two_users(config).err();
-    findings.extend(shared.map(|f| (Weight::Wrong, f.1)));
+    findings.extend(shared.map(|f| (check::WRONG, f.1)));
     for (weight, text) in &findings {
-        let weight = match weight {
-            Weight::Wrong => "wrong",
-            Weight::Warning => "warning",
-            Weight::Good => "good",
-        };
         println!("{weight:<8} {text}");
     }
-    match findings.iter().filter(|f| f.0 == Weight::Wrong).count() {
-        0 => Ok(()),
-        n => Err(Failure(
-            BAD_CONFIG,
-            format!("{n} of these must be mended first"),
-        )),
+    let n = findings.iter().filter(|f| f.0 == check::WRONG).count();
+    if n > 0 {
+        let text = format!("{n} of these must be mended first");
+        return Err(Failure(BAD_CONFIG, text));
     }
+    Ok(())
 }
 
 /// What is there by the kernel's account alone: no helper is asked, so none need be alive.
@@ -351,14 +313,8 @@ fn status(config: &Arc<Config>, json: bool) -> Result<(), Failure> {
     }
     println!("{devices} devices: {free} free, {leased} with a lease, {unsound} not as made");
     println!("{rules} rules in table inet rvpn");
-    println!(
-        "uplinks: {}",
-        if uplinks.is_empty() {
-            "none".to_owned()
-        } else {
-            uplinks.join(", ")
-        }
-    );
+    let none = if uplinks.is_empty() { "none" } else { "" };
+    println!("uplinks: {none}{}", uplinks.join(", "));
     println!("{} helper is serving", if serving { "a" } else { "no" });
     for name in found.foreign {
         println!("in the way: {name}, not made by this helper");
@@ -368,13 +324,12 @@ fn status(config: &Arc<Config>, json: bool) -> Result<(), Failure> {
 
 fn teardown(config: &Arc<Config>) -> Result<(), Failure> {
     let lock = lock(config)?;
-    let removed = apply::teardown(&mut Kernel::open(config)?)?;
+    let (devices, sysctls, kept) = apply::teardown(&mut Kernel::open(config)?)?;
     drop(lock);
     // It is ours only when nothing else is in it.
     let _ = fs::remove_dir(&config.state);
-    let (devices, sysctls) = (removed.devices, removed.sysctls);
     println!("removed {devices} devices and table inet rvpn, put back {sysctls} sysctls");
-    for name in removed.kept {
+    for name in kept {
         println!("kept {name}: not made by this helper");
     }
     Ok(())

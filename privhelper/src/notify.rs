@@ -23,15 +23,10 @@ impl Notify {
             socket.connect_addr(&address.ok()?).ok()?;
             Some(socket)
         });
-        let mine = env::var("WATCHDOG_PID").map_or(true, |p| p == std::process::id().to_string());
-        let micros = env::var("WATCHDOG_USEC")
-            .ok()
-            .and_then(|v| v.parse().ok())
-            .filter(|_| mine);
-        Notify {
-            socket,
-            watchdog: micros.map(|v: u64| Duration::from_micros(v / 2)),
-        }
+        let mine = env::var("WATCHDOG_PID").map_or(true, is_us);
+        let micros = number("WATCHDOG_USEC").filter(|_| mine);
+        let watchdog = micros.map(|v| Duration::from_micros(v / 2));
+        Notify { socket, watchdog }
     }
 
     pub(crate) fn say(&self, text: &str) {
@@ -42,12 +37,16 @@ impl Notify {
     }
 }
 
+fn is_us(pid: String) -> bool {
+    pid == std::process::id().to_string()
+}
+
+fn number(name: &str) -> Option<u64> {
+    env::var(name).ok()?.parse().ok()
+}
+
 /// How many listeners were passed in, from descriptor 3 on.
-pub(crate) fn passed_listeners() -> u32 {
-    let mine = env::var("LISTEN_PID").is_ok_and(|p| p == std::process::id().to_string());
-    env::var("LISTEN_FDS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .filter(|_| mine)
-        .unwrap_or(0)
+pub(crate) fn passed_listeners() -> u64 {
+    let mine = env::var("LISTEN_PID").is_ok_and(is_us);
+    number("LISTEN_FDS").filter(|_| mine).unwrap_or(0)
 }

@@ -108,19 +108,18 @@ impl Tag {
 
     /// Reads an alias back; `None` means the device was not made by this helper.
     pub(crate) fn from_alias(alias: &str) -> Option<Tag> {
-        let (generation, lease) = match alias.split(' ').collect::<Vec<_>>()[..] {
-            [ALIAS_PREFIX, generation] => (generation, None),
-            [ALIAS_PREFIX, generation, kind, class, key] if key.len() == 32 => {
+        let words: Vec<&str> = alias.split(' ').collect();
+        let lease = match words.get(2..)? {
+            [] => None,
+            &[kind, class, key] => {
                 let kind = Kind::from_wire(kind.parse().ok()?)?;
                 let key = Key(u128::from_str_radix(key, 16).ok()?.to_be_bytes());
-                (
-                    generation,
-                    Some(LeaseTag::new(key, kind, class.parse().ok()?)),
-                )
+                Some(LeaseTag::new(key, kind, class.parse().ok()?))
             }
             _ => return None,
         };
-        Some(Tag::new(generation.parse().ok()?, lease))
+        let tag = Tag::new(words[1].parse().ok()?, lease);
+        (tag.to_alias() == alias).then_some(tag)
     }
 }
 

@@ -39,7 +39,20 @@ struct Entry {
     lease: Option<LeaseTag>,
 }
 
+/// What a number that is no slot's stands for: nothing to be had of it, nothing to be done to it.
+const NOWHERE: Entry = Entry::new(0, 0, None);
+
 impl Entry {
+    const fn new(generation: Generation, index: u32, lease: Option<LeaseTag>) -> Entry {
+        let state = State::Cleaning;
+        Entry {
+            generation,
+            index,
+            state,
+            lease,
+        }
+    }
+
     fn live(&self) -> Option<LeaseTag> {
         let live = matches!(self.state, State::Leased(_) | State::Lingering(_));
         self.lease.filter(|_| live)
@@ -97,12 +110,7 @@ impl Pool {
         };
         let slot = self.len();
         self.counts.cleaning += 1;
-        self.slots.push(Entry {
-            generation,
-            index,
-            state: State::Cleaning,
-            lease,
-        });
+        self.slots.push(Entry::new(generation, index, lease));
         self.enter(slot, state, lease);
     }
 
@@ -114,10 +122,9 @@ impl Pool {
         if let Some(l) = entry.live() {
             self.keys.remove(&l.key);
         }
-        if entry.state == State::Free
-            && let Some(at) = self.free.iter().position(|&s| s == slot)
-        {
-            self.free.remove(at);
+        if entry.state == State::Free {
+            let at = self.free.iter().position(|&s| s == slot);
+            at.and_then(|at| self.free.remove(at));
         }
         (entry.state, entry.lease) = (state, lease);
         if let Some(l) = entry.live() {
@@ -136,22 +143,26 @@ impl Pool {
         self.counts
     }
 
+    fn entry(&self, slot: Slot) -> &Entry {
+        self.slots.get(slot as usize).unwrap_or(&NOWHERE)
+    }
+
     pub(crate) fn index(&self, slot: Slot) -> u32 {
-        self.slots.get(slot as usize).map_or(0, |e| e.index)
+        self.entry(slot).index
     }
 
     pub(crate) fn generation(&self, slot: Slot) -> Generation {
-        self.slots.get(slot as usize).map_or(0, |e| e.generation)
+        self.entry(slot).generation
     }
 
     /// The slot's lease, if it has one.
     pub(crate) fn lease(&self, slot: Slot) -> Option<LeaseTag> {
-        self.slots.get(slot as usize)?.live()
+        self.entry(slot).live()
     }
 
     /// What a slot that is being cleaned was leased as.
     pub(crate) fn former(&self, slot: Slot) -> Option<LeaseTag> {
-        let entry = self.slots.get(slot as usize)?;
+        let entry = self.entry(slot);
         entry.lease.filter(|_| entry.state == State::Cleaning)
     }
 
@@ -167,9 +178,8 @@ impl Pool {
 
     /// Every slot that has a device.
     pub(crate) fn devices(&self) -> impl Iterator<Item = (Slot, u32)> {
-        self.entries()
-            .filter(|e| e.1.index != 0)
-            .map(|(slot, e)| (slot, e.index))
+        let devices = self.entries().map(|(slot, e)| (slot, e.index));
+        devices.filter(|d| d.1 != 0)
     }
 
     /// Every slot that is to be cleaned.
@@ -181,12 +191,10 @@ impl Pool {
     /// Finds the slot for a key; [`Pool::grant`] makes it the holder's once its device is open.
     pub(crate) fn find(&self, key: Key) -> Acquired {
         let Some(&slot) = self.keys.get(&key) else {
-            return self
-                .free
-                .front()
-                .map_or(Acquired::Full, |&slot| Acquired::Fresh(slot));
+            let next = self.free.front().copied();
+            return next.map_or(Acquired::Full, Acquired::Fresh);
         };
-        let entry = &self.slots[slot as usize];
+        let entry = self.entry(slot);
         match entry.state {
             State::Leased(holder) => Acquired::Held(slot, entry.generation, holder),
             _ => Acquired::Resumed(slot),
@@ -207,9 +215,8 @@ impl Pool {
 
     /// A lease claimed by whoever holds it already, or by the gateway that takes over.
     pub(crate) fn confirm(&mut self, slot: Slot, g: Generation, key: Key, holder: Holder) -> bool {
-        let lease = self
-            .lease(slot)
-            .filter(|l| l.key == key && self.generation(slot) == g);
+        let lease = self.lease(slot).filter(|l| l.key == key);
+        let lease = lease.filter(|_| self.generation(slot) == g);
         if lease.is_some() {
             self.enter(slot, State::Leased(holder), lease);
         }
@@ -224,13 +231,11 @@ impl Pool {
         holder: Holder,
         until: Option<Instant>,
     ) -> bool {
-        let Some(entry) = self.slots.get(slot as usize) else {
-            return false;
-        };
-        let lease = entry.lease;
+        let entry = self.entry(slot);
         let held = entry.generation == g && entry.state == State::Leased(holder);
         if held {
-            self.enter(slot, until.map_or(State::Cleaning, State::Lingering), lease);
+            let state = until.map_or(State::Cleaning, State::Lingering);
+            self.enter(slot, state, entry.lease);
         }
         held
     }
@@ -238,7 +243,7 @@ impl Pool {
     /// A gateway is gone: all it held lingers.
     pub(crate) fn holder_gone(&mut self, holder: Holder, until: Instant) {
         for slot in 0..self.len() {
-            let entry = &self.slots[slot as usize];
+            let entry = self.entry(slot);
             if entry.state == State::Leased(holder) {
                 self.enter(slot, State::Lingering(until), entry.lease);
             }
@@ -271,9 +276,7 @@ impl Pool {
     /// The device vanished or was changed. False when the slot was being cleaned already;
     /// else also the lease's generation and holder, if it has them.
     pub(crate) fn lost(&mut self, slot: Slot) -> (Option<(Generation, Holder)>, bool) {
-        let Some(entry) = self.slots.get(slot as usize) else {
-            return (None, false);
-        };
+        let entry = self.entry(slot);
         let told = match entry.state {
             State::Cleaning => return (None, false),
             State::Leased(holder) => Some((entry.generation, holder)),
@@ -285,12 +288,9 @@ impl Pool {
 
     /// The slot is proven clean, on this device.
     pub(crate) fn cleaned(&mut self, slot: Slot, index: u32) {
-        if self
-            .slots
-            .get(slot as usize)
-            .is_some_and(|e| e.state == State::Cleaning)
-        {
-            self.set_index(slot, index);
+        let entry = self.slots.get_mut(slot as usize);
+        if let Some(entry) = entry.filter(|e| e.state == State::Cleaning) {
+            entry.index = index;
             self.enter(slot, State::Free, None);
         }
     }

@@ -67,10 +67,7 @@ pub(crate) fn run(config: Arc<Config>, listener: OwnedFd, notify: Notify) -> io:
     let tables = Socket::open(NetlinkNetFilter, events::TABLE_GROUPS)?;
     let uplinks = host::uplinks(&mut kernel)?;
     if uplinks.is_empty() {
-        say!(
-            4,
-            "no uplink: there is no default route; clients reach nothing until there is one"
-        );
+        say!(warning: "no uplink: there is no default route; clients reach nothing until then");
     }
     let (pool, rules) = adopt(&mut kernel, &uplinks)?;
     if !landlock::confine(&[
@@ -79,10 +76,7 @@ pub(crate) fn run(config: Arc<Config>, listener: OwnedFd, notify: Notify) -> io:
         ("/proc".as_ref(), landlock::READ),
         (&config.state, landlock::KEEP),
     ])? {
-        say!(
-            4,
-            "this kernel has no Landlock: files are guarded by ownership alone"
-        );
+        say!(warning: "this kernel has no Landlock: files are guarded by ownership alone");
     }
     let cleaner = Cleaner::start(&config)?;
     confine::seccomp::apply()?;
@@ -108,21 +102,14 @@ pub(crate) fn run(config: Arc<Config>, listener: OwnedFd, notify: Notify) -> io:
         retries: Vec::new(),
         doubts: events::Doubts::default(),
     };
-    let doubtful = server.pool.cleaning();
-    doubtful
-        .into_iter()
-        .try_for_each(|slot| server.clean(slot))?;
+    for slot in server.pool.cleaning() {
+        server.clean(slot)?;
+    }
     server.start_watching();
     let (c, slots) = (server.pool.counts(), server.pool.len());
-    let counts = format!(
-        "{} free, {} with a lease from before, {} being cleaned",
-        c.free, c.lingering, c.cleaning
-    );
-    say!(
-        5,
-        "serving {slots} slots on {}: {counts}",
-        server.config.socket.display()
-    );
+    let (path, old) = (server.config.socket.display(), c.lingering);
+    let counts = format!("{} free, {old} with a lease from before", c.free);
+    say!(notice: "serving {slots} slots on {path}: {counts}, {} being cleaned", c.cleaning);
     server.notify.say("READY=1\nSTATUS=serving");
     server.serve()
 }
@@ -157,8 +144,9 @@ impl Server {
     /// Hands a slot the pool has for cleaning to the cleaner.
     fn clean(&mut self, slot: Slot) -> io::Result<()> {
         let (index, generation) = (self.pool.index(slot), self.pool.generation(slot));
-        self.cleaner
-            .submit(Job::Clean(slot, index, generation, self.pool.former(slot)))
+        let former = self.pool.former(slot);
+        let job = Job::Clean(slot, index, generation, former);
+        self.cleaner.submit(job)
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -196,10 +184,8 @@ impl Server {
             self.doubts.next_deadline(),
             self.notify.watchdog.map(|_| self.next_watchdog),
         ];
-        let next = deadlines
-            .into_iter()
-            .flatten()
-            .fold(self.next_verify, Instant::min);
+        let deadlines = deadlines.into_iter().flatten();
+        let next = deadlines.fold(self.next_verify, Instant::min);
         // One millisecond late rather than a turn too early.
         let wait = next.saturating_duration_since(now) + Duration::from_millis(1);
         let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
@@ -238,9 +224,8 @@ impl Server {
             self.doubts.rules = true;
             self.settle_doubts();
         }
-        if let Some(interval) = self.notify.watchdog
-            && now >= self.next_watchdog
-        {
+        let watchdog = self.notify.watchdog.filter(|_| now >= self.next_watchdog);
+        if let Some(interval) = watchdog {
             self.next_watchdog = now + interval;
             self.notify.say("WATCHDOG=1");
         }
@@ -260,19 +245,16 @@ impl Server {
             match report {
                 Done::Cleaned(slot, Ok(index)) => self.pool.cleaned(slot, index),
                 Done::Cleaned(slot, Err(e)) => {
-                    say!(3, "slot {slot} stays out of use, trying again: {e}");
+                    say!(error: "slot {slot} stays out of use, trying again: {e}");
                     self.retries.push((now + RETRY, Some(slot)));
                 }
                 Done::Grown(made, result) => {
-                    made.into_iter()
-                        .for_each(|index| self.pool.add(index, Tag::NEW, true, now));
+                    for index in made {
+                        self.pool.add(index, Tag::NEW, true, now);
+                    }
                     self.growing = result.is_err();
                     if let Err(e) = result {
-                        say!(
-                            3,
-                            "the pool cannot grow beyond {} slots: {e}",
-                            self.pool.len()
-                        );
+                        say!(error: "the pool cannot grow beyond {} slots: {e}", self.pool.len());
                         // Try again when time has passed, not at every turn.
                         self.retries.push((now + 30 * RETRY, None));
                     }
@@ -285,7 +267,7 @@ impl Server {
     fn stop(&mut self) -> io::Result<()> {
         self.notify.say("STOPPING=1");
         self.peers.tell_all(&Reply::notice(Status::Closing, 0, 0));
-        say!(5, "stopped; devices and leases stay for the next start");
+        say!(notice: "stopped; devices and leases stay for the next start");
         Ok(())
     }
 }

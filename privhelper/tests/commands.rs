@@ -316,10 +316,7 @@ fn the_pool_grows_ahead_of_demand_and_ends_at_its_limit() {
 #[test]
 fn spf_28_two_owners_of_one_address_are_refused_at_start() {
     let lab = Lab::new();
-    for extra in [
-        "stream4 = 10.64.0.0/18\n",
-        "pool6 = fd00:1:2::/48\nstream6 = fd00:1:2::/64\n",
-    ] {
+    for extra in ["stream4 = 10.64.0.0/18\n", "stream6 = fd52:5650:1::/64\n"] {
         let helper = Helper::prepared(&lab, extra);
         let found = host(&lab);
         let (code, text) = helper.run(&lab.gw, "serve");

@@ -174,7 +174,12 @@ pub fn parse(packet: &[u8]) -> Result<Parsed, DropReason> {
         Some(_) => return Err(DropReason::Version),
         None => return Err(DropReason::Empty),
     };
-    parse_transport(ip, packet)
+    // Behind options, which nobody may use, what is no transport header is no wonder.
+    parse_transport(ip, packet).map_err(|reason| match (ip.options, ip.version) {
+        (false, _) => reason,
+        (true, Version::V4) => DropReason::Options,
+        (true, Version::V6) => DropReason::Extension,
+    })
 }
 
 impl Parsed {

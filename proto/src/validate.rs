@@ -38,9 +38,8 @@ pub enum Sources {
         /// IPv6.
         v6: Option<Ipv6Addr>,
     },
-    /// Any IPv4 address but those of groups and of nobody, as in the first
-    /// dialect, where it is replaced; see [`crate::nat::SourceNat`]. Its clients
-    /// even send from loopback addresses.
+    /// Any IPv4 address whatever, as in the first dialect, where it is replaced;
+    /// see [`crate::nat::SourceNat`]. Its clients even send from loopback addresses.
     AnyV4,
 }
 
@@ -56,7 +55,8 @@ pub struct Limits {
     pub verify: bool,
 }
 
-/// Judges a packet from a client. Fragments have to pass a [`FragmentBudget`] as well.
+/// Judges a packet from a client. Fragments have to pass a [`FragmentBudget`] as
+/// well; whether it speaks to itself is for the translation, which knows both names.
 pub fn outbound(
     packet: &[u8],
     offload: Offload,
@@ -139,11 +139,7 @@ fn addresses(parsed: &Parsed, packet: &[u8], sources: &Sources) -> Result<(), Dr
                 Sources::Own { v4: Some(own), .. } if own.octets() == source => {}
                 Sources::Own { v4: Some(_), .. } => return Err(DropReason::Spoofed),
                 Sources::Own { v4: None, .. } => return Err(DropReason::Family),
-                Sources::AnyV4 if address::is_somebody_v4(source) => {}
-                Sources::AnyV4 => return Err(DropReason::Spoofed),
-            }
-            if source == destination {
-                return Err(DropReason::Hairpin);
+                Sources::AnyV4 => {}
             }
             if !address::is_host_v4(destination) {
                 return Err(DropReason::Destination);
@@ -156,9 +152,6 @@ fn addresses(parsed: &Parsed, packet: &[u8], sources: &Sources) -> Result<(), Dr
                 Sources::Own { v6: Some(own), .. } if own.octets() == source => {}
                 Sources::Own { v6: Some(_), .. } => return Err(DropReason::Spoofed),
                 Sources::Own { v6: None, .. } | Sources::AnyV4 => return Err(DropReason::Family),
-            }
-            if source == destination {
-                return Err(DropReason::Hairpin);
             }
             if !address::is_host_v6(destination) {
                 return Err(DropReason::Destination);

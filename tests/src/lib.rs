@@ -8,11 +8,13 @@
 pub mod attack;
 pub mod bulk;
 pub mod capture;
+pub mod fake_gateway;
 pub mod gateway;
 pub mod helper;
 pub mod machine;
 pub mod naive;
 pub mod ns;
+pub mod outside;
 pub mod packet;
 pub mod probe;
 pub mod raw;

@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::Read as _;
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use nix::mount::{MsFlags, mount};
 use serde_json::Value;
 
 use crate::gateway::Gateway;
@@ -37,6 +39,9 @@ impl Said {
     }
 }
 
+/// The list of resolvers before any tunnel. It is not even all text.
+pub const RESOLVERS: &[u8] = b"# of the lab, \xff\nnameserver 1.1.1.1\noptions edns0\n";
+
 /// A machine and the files of its one user.
 pub struct Machine {
     pub ns: Ns,
@@ -53,7 +58,21 @@ impl Machine {
     pub fn on(lab: &Lab, ns: Ns) -> Machine {
         let home = lab.dir.join(format!("home-{}", ns.name));
         fs::create_dir_all(&home).expect("home");
+        private_etc(lab);
         Machine { ns, home }
+    }
+
+    /// A file that its user alone reads; its path.
+    pub fn secret(&self, name: &str, text: &str) -> String {
+        let path = self.home.join(name);
+        fs::write(&path, text).expect("secret");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("mode");
+        path.display().to_string()
+    }
+
+    /// Where the running `up` keeps its files.
+    pub fn run_dir(&self) -> PathBuf {
+        self.home.join("run")
     }
 
     /// Joined by an invite, as its user would.
@@ -109,6 +128,18 @@ impl Machine {
         }
     }
 
+    /// Brings a tunnel up with words that were put together.
+    pub fn up_with(&self, base: &[String], more: &[&str]) -> Up<'_> {
+        let words: Vec<&str> = base.iter().map(String::as_str).collect();
+        self.up(&[&words, more].concat())
+    }
+
+    /// The same without waiting.
+    pub fn begin_with(&self, base: &[String], more: &[&str]) -> Up<'_> {
+        let words: Vec<&str> = base.iter().map(String::as_str).collect();
+        self.begin(&[&words, more].concat())
+    }
+
     /// What `rvpn status --json` says.
     pub fn status(&self) -> Value {
         self.rvpn(&["status", "--json"]).json()
@@ -126,6 +157,40 @@ impl Up<'_> {
     /// What it said so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The half with rights.
+    pub fn pid(&self) -> u32 {
+        self.daemon.child.id()
+    }
+
+    /// The half without, once it is there.
+    #[track_caller]
+    pub fn half(&self) -> u32 {
+        self.part("__carry")
+    }
+
+    /// The process of `up` that was started with this word.
+    #[track_caller]
+    pub fn part(&self, word: &str) -> u32 {
+        let mut found = None;
+        wait_until("a process of 'rvpn up' is there", || {
+            let path = format!("/proc/{0}/task/{0}/children", self.pid());
+            let children = fs::read_to_string(path).unwrap_or_default();
+            found = children.split_whitespace().find_map(|pid| {
+                let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+                let has = line.split(|b| *b == 0).any(|w| w == word.as_bytes());
+                has.then(|| pid.parse().ok()).flatten()
+            });
+            found.is_some()
+        });
+        found.expect("found")
+    }
+
+    /// `kill -9` of the half with rights alone.
+    pub fn kill(&mut self) {
+        self.daemon.child.kill().expect("kill");
+        let _killed = self.daemon.child.wait();
     }
 
     #[track_caller]
@@ -164,6 +229,25 @@ impl Drop for Up<'_> {
             eprintln!("log of 'rvpn up':\n{}", self.log());
         }
     }
+}
+
+/// A copy of `/etc` of the test's own: the client replaces a file there.
+fn private_etc(lab: &Lab) {
+    let own = lab.dir.join("etc");
+    if own.exists() {
+        return;
+    }
+    // What a user alone may not read is not needed.
+    let _partly = Command::new("cp")
+        .args(["-a", "/etc"])
+        .arg(&own)
+        .stderr(Stdio::null())
+        .status();
+    let none = None::<&str>;
+    mount(Some(&own), "/etc", none, MsFlags::MS_BIND, none).expect("own /etc");
+    let resolvers = Path::new("/etc/resolv.conf");
+    let _link = fs::remove_file(resolvers);
+    fs::write(resolvers, RESOLVERS).expect("resolv.conf");
 }
 
 /// The same program in an operator's hands, on the gateway's machine.

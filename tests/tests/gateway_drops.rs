@@ -6,7 +6,8 @@ use rvpn_lab::probe::Canary;
 use rvpn_lab::read_back::counter;
 use rvpn_lab::scene::{Scene, drops, expect_datagram, received, round_trip};
 use rvpn_lab::topology::{FAR4, GW4, GW6, UP4, UP6};
-use rvpn_lab::tunnel_client::{Session, Speech, on};
+use rvpn_lab::tunnel_client::{DIALECTS, Session, Speech, on};
+use rvpn_lab::wait_until;
 
 /// A change to a packet that was good.
 fn but(mut packet: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
@@ -142,6 +143,159 @@ fn f_11_each_rule_of_the_gateway_and_its_counter() {
 }
 
 #[test]
+fn f_11_what_only_an_attacker_sends_and_its_counter() {
+    let scene = Scene::default();
+    let servers = scene.servers();
+    let mut outside = Capture::on(&scene.lab.up);
+    on(&scene.phone, async || {
+        let mut session = scene.session(Speech::Text46, "alice").await;
+        let (a, a6) = (session.v4.to_string(), session.source(UP6));
+        let canary = Canary::new();
+        let tcp = |flags: &str| packet::tcp((&a, 1), (UP4, 2), flags, 1, 0, &canary.0);
+        let tcp6 = |flags: &str| packet::tcp((&a6, 1), (UP6, 2), flags, 1, 0, &canary.0);
+        // A packet of somebody else's, as an error would quote it.
+        let quoted = packet::udp("10.64.200.2", 1, UP4, 53, &canary.0);
+        let quoted6 = packet::udp("fd52:5650:1:ffff::1", 1, UP6, 53, &canary.0);
+        let long = packet::udp(&a, 1, UP4, 5353, &[7; 1400]);
+        let pieces = packet::fragments(&long, 704);
+        let cases: [(&str, Vec<Vec<u8>>); 5] = [
+            (
+                "tcp-flags",
+                ["", "SF", "SR", "FPU", "F"]
+                    .iter()
+                    .flat_map(|flags| [tcp(flags), tcp6(flags)])
+                    .collect(),
+            ),
+            (
+                "protocol",
+                vec![
+                    packet::icmp4(&a, UP4, 5, 1, &canary.0),
+                    packet::icmp4(&a, UP4, 9, 0, &canary.0),
+                    packet::icmp6(&a6, UP6, 134, 0, &canary.0),
+                    packet::icmp6(&a6, UP6, 135, 0, &canary.0),
+                    packet::icmp6(&a6, UP6, 137, 0, &canary.0),
+                ],
+            ),
+            (
+                "quoted",
+                vec![
+                    packet::icmp4(&a, UP4, 3, 1, &quoted),
+                    packet::icmp4(&a, UP4, 11, 0, &quoted),
+                    packet::icmp6(&a6, UP6, 1, 4, &quoted6),
+                    packet::icmp6(&a6, UP6, 3, 0, &quoted6),
+                ],
+            ),
+            (
+                "fragment",
+                vec![
+                    // Past the end of any datagram.
+                    but4(pieces[1].clone(), |p| {
+                        p[6..8].copy_from_slice(&[0x1f, 0xff])
+                    }),
+                    // Over the flags of a TCP header that was looked at.
+                    but4(pieces[1].clone(), |p| {
+                        p[6..8].copy_from_slice(&[0x20, 1]);
+                        p[9] = 6;
+                    }),
+                ],
+            ),
+            // A first piece too short for a header.
+            (
+                "malformed",
+                vec![packet::fragments(&tcp("S"), 8)[0].clone()],
+            ),
+        ];
+        for (reason, packets) in &cases {
+            refused(&scene, &mut session, reason, packets).await;
+        }
+        assert_eq!(outside.count(&canary.0), 0);
+        for server in &servers {
+            round_trip(&mut session, server, 4000).await;
+        }
+    });
+}
+
+#[test]
+fn f_11_each_rule_of_the_kernel_and_its_counter() {
+    let scene = Scene::new(
+        "deny-ports = tcp/25, udp/100-200\nflow-cap = 20\n",
+        DIALECTS,
+    );
+    let gw = &scene.lab.gw;
+    let [server, _] = scene.servers();
+    let mut outside = Capture::on(&scene.lab.up);
+    on(&scene.phone, async || {
+        let mut session = scene.session(Speech::Text46, "alice").await;
+        let other = scene.session(Speech::Text46, "bob").await;
+        let (a, a6) = (session.v4.to_string(), session.source(UP6));
+        let canary = Canary::new();
+        let udp = |to: &str, port| match to.contains(':') {
+            true => packet::udp(&a6, 1, to, port, &canary.0),
+            false => packet::udp(&a, 1, to, port, &canary.0),
+        };
+        let mut sent = 0;
+        for (reason, packets) in [
+            (
+                "to_host",
+                vec![
+                    udp(GW4, 443),
+                    udp(GW6, 443),
+                    udp(&a.replace(".2", ".1"), 53),
+                    packet::echo(&a, GW4, 1, 1, &canary.0),
+                    packet::tcp((&a, 1), (GW4, 443), "S", 1, 0, &canary.0),
+                ],
+            ),
+            (
+                "client_to_client",
+                vec![
+                    udp(&other.v4.to_string(), 1),
+                    udp(&other.source(UP6), 1),
+                    packet::echo(&a, &other.v4.to_string(), 1, 1, &canary.0),
+                ],
+            ),
+            (
+                "denied_port",
+                vec![
+                    packet::tcp((&a, 1), (UP4, 25), "S", 1, 0, &canary.0),
+                    packet::tcp((&a6, 1), (UP6, 25), "S", 1, 0, &canary.0),
+                    udp(UP4, 100),
+                    udp(UP6, 200),
+                ],
+            ),
+        ] {
+            let before = counter(gw, reason);
+            for packet in &packets {
+                session.tx.send(packet).await;
+            }
+            sent += packets.len() as u64;
+            scene.counted("alice", sent);
+            assert!(received(&mut session).await.is_empty(), "{reason}");
+            sent += 1;
+            let moved = counter(gw, reason) - before;
+            assert_eq!(moved, packets.len() as u64, "{reason}");
+        }
+        assert_eq!(outside.count(&canary.0), 0);
+
+        // The echoes above are one flow; nineteen more may be begun, then no other.
+        let before = counter(gw, "flow_cap");
+        for port in 1..=30 {
+            session
+                .tx
+                .send(&packet::udp(&a, port, UP4, 5353, &canary.0))
+                .await;
+        }
+        scene.counted("alice", sent + 30);
+        assert!(received(&mut session).await.is_empty());
+        let mut arrived = 0;
+        wait_until("the rest have arrived", || {
+            arrived += drain_udp(&server).len();
+            arrived as u64 + counter(gw, "flow_cap") - before == 30
+        });
+        assert_eq!(arrived, 19);
+    });
+}
+
+#[test]
 fn f_11_no_special_purpose_range_is_reached() {
     let scene = Scene::default();
     let special4 = [
@@ -185,9 +339,12 @@ fn f_11_no_special_purpose_range_is_reached() {
             session.tx.send(&probe).await;
         }
         let sent = targets().count() as u64;
-        scene.counted("alice", sent);
+        let row = scene.counted("alice", sent);
         assert!(received(&mut session).await.is_empty());
-        assert_eq!(stopped() - before, sent);
+        // Some are nobody's to allow and do not get as far as the kernel's rules.
+        let here = drops(&row["outbound"])["address"];
+        assert_eq!(here, 3, "link-local, mapped and site-local: {row}");
+        assert_eq!(here + stopped() - before, sent);
         assert_eq!(outside.count(&canary.0), 0);
         // Their neighbours are the internet.
         for to in ["1.1.1.1", FAR4, UP6] {

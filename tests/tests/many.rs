@@ -5,13 +5,27 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use rvpn_lab::scene::Scene;
+use rvpn_lab::scene::{Scene, number};
 use rvpn_lab::topology::UP4;
 use rvpn_lab::tunnel_client::{Session, Speech, on};
+use rvpn_lab::wait_until;
+use tokio::time::timeout;
 
 const ALL: usize = 1000;
 /// For all of them, on a loaded machine with debug assertions.
 const BOUND: Duration = Duration::from_secs(60);
+
+/// As ping does it: a thousand at once are more than some queues of a kernel hold.
+async fn persistent(session: &mut Session) {
+    let mut sequence = 0;
+    loop {
+        sequence += 1;
+        let ping = session.ping(UP4, 1, sequence);
+        if timeout(Duration::from_secs(1), ping).await.is_ok() {
+            return;
+        }
+    }
+}
 
 #[test]
 fn a_thousand_clients_at_once_are_each_answered() {
@@ -26,19 +40,23 @@ fn a_thousand_clients_at_once_are_each_answered() {
             join_all(names.iter().map(|name| scene.session(native, name))).await;
         let connected = begun.elapsed();
         assert_eq!(scene.gateway.sessions().len(), ALL);
-        join_all(sessions.iter_mut().map(|session| session.ping(UP4, 1, 1))).await;
+        join_all(sessions.iter_mut().map(persistent)).await;
         let answered = begun.elapsed();
         println!("{ALL} connected within {connected:?}, answered within {answered:?}");
         assert!(answered < BOUND, "{answered:?}");
 
-        // Each on a lease of its own, each with the one packet it sent and got.
+        // Each on a lease of its own, each with what it sent and got.
         let rows = scene.gateway.sessions();
         let leases: BTreeSet<String> = rows.iter().map(|r| r["addresses"].to_string()).collect();
         assert_eq!(leases.len(), ALL);
-        for row in &rows {
-            assert_eq!(row["outbound"]["packets"], 1, "{row}");
-            assert_eq!(row["inbound"]["packets"], 1, "{row}");
-        }
+        wait_until("every answer is counted", || {
+            let rows = scene.gateway.sessions();
+            rows.iter().all(|row| {
+                let [out, back] = ["outbound", "inbound"].map(|way| number(&row[way]["packets"]));
+                assert!(back <= out, "{row}");
+                back > 0
+            })
+        });
         drop(sessions);
         scene.deserted();
     });

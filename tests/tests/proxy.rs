@@ -3,9 +3,12 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
+use rvpn_lab::bulk::{Way, size, start};
+use rvpn_lab::machine::Machine;
 use rvpn_lab::ns::Daemon;
 use rvpn_lab::scene::{Scene, round_trip};
 use rvpn_lab::topology::{GW4, UP4, UP6, at};
@@ -16,13 +19,18 @@ use rvpn_lab::{Lab, PATIENCE, wait_until};
 fn nginx(lab: &Lab) -> Daemon {
     let dir = lab.dir.join("nginx");
     fs::create_dir_all(&dir).expect("directory");
+    let site = rcgen::generate_simple_self_signed(vec![GW4.to_owned()]).expect("certificate");
+    fs::write(dir.join("site.crt"), site.cert.pem()).expect("certificate");
+    fs::write(dir.join("site.key"), site.signing_key.serialize_pem()).expect("key");
     let config = format!(
         "user root;\ndaemon off;\nmaster_process off;\npid {dir}/pid;\nerror_log {dir}/error.log;\n\
          events {{}}\n\
          http {{\n  access_log off;\n\
            client_body_temp_path {dir}/a; proxy_temp_path {dir}/b; fastcgi_temp_path {dir}/c;\n\
            uwsgi_temp_path {dir}/d; scgi_temp_path {dir}/e;\n\
-           server {{\n    listen 80;\n    location / {{\n\
+           server {{\n    listen 80;\n    listen 443 ssl;\n\
+             ssl_certificate {dir}/site.crt;\n    ssl_certificate_key {dir}/site.key;\n\
+             location / {{\n\
                proxy_pass http://127.0.0.1:8080;\n\
                proxy_http_version 1.1;\n\
                proxy_set_header Upgrade $http_upgrade;\n\
@@ -96,6 +104,41 @@ fn f_16_behind_a_plain_reverse_proxy() {
         let refused = scene.target.open("/tunnel", Some("not.a.token")).await;
         assert_eq!(refused.err().map(|r| r.status().as_u16()), Some(403));
     });
+}
+
+/// A whole machine through the proxy, which ends its TLS and starts none.
+#[test]
+fn up_through_a_plain_reverse_proxy() {
+    let listener = "[[listener]]\naddress = \"127.0.0.1:8080\"\nmode = \"plain\"\n";
+    let scene = Scene::new("", listener);
+    let _nginx = nginx(&scene.lab);
+    let laptop = Machine::new(&scene.lab, "laptop", 11);
+    let token = laptop.home.join("token");
+    fs::write(&token, scene.gateway.token("alice")).expect("token");
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).expect("mode");
+    let certificate = scene.lab.dir.join("nginx/site.crt");
+    let (token, certificate) = (
+        token.display().to_string(),
+        certificate.display().to_string(),
+    );
+    let way = [
+        "--server",
+        GW4,
+        "--token-file",
+        &token,
+        "--ca-file",
+        &certificate,
+    ];
+    laptop
+        .rvpn(&[&["ping", UP6, "-c", "2", "-i", "0.1"], &way[..]].concat())
+        .good();
+    let up = laptop.up(&[&["--no-dns"], &way[..]].concat());
+    for address in [UP4, UP6] {
+        for way in [Way::Upload, Way::Download] {
+            start(&laptop.ns, &scene.lab.up, address, 9000, way, size()).whole(size());
+        }
+    }
+    up.down();
 }
 
 #[test]

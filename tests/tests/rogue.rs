@@ -207,7 +207,7 @@ fn judge(scene: &Scene, n: u8, tally: &Tally) {
 
 #[test]
 fn a_rogue_in_frames_is_sent_away_alone() {
-    let scene = Scene::new("slots = 32\n", DIALECTS);
+    let scene = Scene::new("slots = 32\nmax-slots = 32\n", DIALECTS);
     let [server, _] = scene.servers();
     on(&scene.phone, async || {
         let mut bystander = scene.session(Speech::Text46, "bystander").await;

@@ -142,6 +142,9 @@ fn spf_07_the_clouds_metadata() {
         s.lab.gw.ip(&format!("addr add {t}/32 dev lo"));
     }
     s.lab.gw.ip(&format!("addr add {target6}/128 dev lo nodad"));
+    wait_until("the gateway knows the address as its own", || {
+        s.lab.gw.ip("-6 route show table local").contains(target6)
+    });
     let here = s.lab.gw.udp("[::]:4001");
     s.all_dropped(&probes(), &["to_host"]);
     assert_eq!(drain_udp(&there).len() + drain_udp(&here).len(), 0);

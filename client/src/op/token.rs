@@ -87,10 +87,13 @@ fn key(out: &Path, name: &str) -> Outcome {
         )));
     }
     let pair = KeyPair::generate_for(&PKCS_ED25519).while_doing("make a key")?;
-    Owner::current()?.write_private(out, pair.serialize_pem().as_bytes())?;
+    let owner = Owner::current()?;
+    owner.write_private(out, pair.serialize_pem().as_bytes())?;
     let public = out.with_extension("pub.pem");
+    let acting = owner.act()?;
     std::fs::write(&public, pair.public_key_pem())
         .while_doing(format_args!("write {}", public.display()))?;
+    drop(acting);
     println!("private key: {} (stays here)", out.display());
     println!(
         "public key:  {} (copy it to the gateway), and in its configuration:\n",

@@ -186,7 +186,7 @@ pub(crate) struct Lock(#[expect(dead_code, reason = "held, not read")] File);
 
 impl Lock {
     /// Takes it, unless somebody has it.
-    pub(crate) fn try_take() -> Outcome<Option<Lock>> {
+    fn try_take() -> Outcome<Option<Lock>> {
         let dir = dir();
         let path = dir.join("lock");
         let open = || -> io::Result<File> {
@@ -210,18 +210,22 @@ impl Lock {
 
     /// Takes it once whoever mends has finished.
     pub(crate) async fn take() -> Outcome<Lock> {
+        Lock::take_within(MENDS).await?.ok_or_else(|| {
+            Failure::unavailable(
+                "another 'rvpn up' or 'rvpn down' is at work: see 'rvpn status', or try again",
+            )
+        })
+    }
+
+    /// Takes it, or nothing if somebody keeps it that long.
+    pub(crate) async fn take_within(limit: Duration) -> Outcome<Option<Lock>> {
         let begun = Instant::now();
         loop {
-            match Lock::try_take()? {
-                Some(lock) => return Ok(lock),
-                None if begun.elapsed() > MENDS => {
-                    return Err(Failure::unavailable(
-                        "another 'rvpn up' or 'rvpn down' is at work: see 'rvpn status', \
-                         or try again",
-                    ));
-                }
-                None => sleep(Duration::from_millis(20)).await,
+            let taken = Lock::try_take()?;
+            if taken.is_some() || begun.elapsed() > limit {
+                return Ok(taken);
             }
+            sleep(Duration::from_millis(10)).await;
         }
     }
 }

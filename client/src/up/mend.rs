@@ -2,11 +2,14 @@
 
 use std::io::Read as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::Duration;
 
 use super::journal::{Journal, Lock};
 use super::leave_terminal;
 use crate::fail::{Outcome, While as _};
 
+/// How long the end of a process may take.
+const DIES: Duration = Duration::from_secs(2);
 /// What says that nothing is left to mend.
 const DONE: u8 = b'.';
 
@@ -53,8 +56,9 @@ pub(crate) async fn run() -> Outcome {
     if said.contains(&DONE) {
         return Ok(());
     }
-    // Whoever has it already puts back what is found.
-    let Some(_lock) = Lock::try_take()? else {
+    // One who dies may lose it a moment later. Whoever else has it puts back
+    // what is found.
+    let Some(_lock) = Lock::take_within(DIES).await? else {
         return Ok(());
     };
     match Journal::read()? {

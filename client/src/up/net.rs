@@ -59,10 +59,9 @@ impl Net {
     pub(crate) async fn capture(&self, plan: &Plan) -> Outcome {
         for family in &self.families {
             let old = self.our_rules(*family).await?;
-            let mut dead_ends = Vec::new();
+            let wanted = plan.wanted(*family);
             if plan.kill_switch {
-                dead_ends = plan.wanted(*family);
-                for prefix in dead_ends.iter().copied() {
+                for prefix in wanted.iter().copied() {
                     self.dead_end(prefix).await?;
                 }
             }
@@ -72,16 +71,22 @@ impl Net {
             for rule in old {
                 self.forget(rule).await?;
             }
-            // What the killed one blocked and this one does not.
-            let left = self.our_routes(*family).await?.into_iter();
-            for route in left.filter(|r| r.header.kind == RouteType::Unreachable) {
-                let length = route.header.destination_prefix_length;
-                let kept = dead_ends.iter().any(|p| {
-                    p.length() == length && destination(&route).is_none_or(|to| to == p.address())
-                });
-                if !kept {
-                    self.forget_route(route).await?;
-                }
+            if plan.kill_switch {
+                self.open_others(*family, &wanted).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends what a killed one blocked and this one does not.
+    async fn open_others(&self, family: AddressFamily, wanted: &[Prefix]) -> Outcome {
+        let left = self.our_routes(family).await?.into_iter();
+        for route in left.filter(|r| r.header.kind == RouteType::Unreachable) {
+            let length = route.header.destination_prefix_length;
+            let to = destination(&route);
+            let is_same = |p: &&Prefix| p.length() == length && to.is_none_or(|t| t == p.address());
+            if wanted.iter().find(is_same).is_none() {
+                self.forget_route(route).await?;
             }
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! The half of `up` with rights.
 
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::time::Duration;
@@ -82,6 +83,13 @@ struct Parent {
 fn shown(text: &str) -> String {
     let fit = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     text.chars().take(500).map(fit).collect()
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
 
 /// Why the loop ended.
@@ -246,11 +254,11 @@ impl Parent {
 
     async fn tell(&self, order: &Order, fd: Option<&OwnedFd>) -> Outcome {
         let fd = fd.map(|fd| fd.as_raw_fd());
-        self.half
-            .wire
-            .send(order, fd)
-            .await
-            .while_doing("tell the other half")
+        match self.half.wire.send(order, fd).await {
+            // It has just ended, which is heard next.
+            Err(error) if is_gone(&error) => Ok(()),
+            done => done.while_doing("tell the other half"),
+        }
     }
 
     async fn heard(&mut self, report: Report) -> Outcome {

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::RouteProtocol;
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RuleUidRange};
 use rvpn_proto::control::Prefix;
 
 use crate::fail::{Failure, Outcome};
@@ -84,8 +84,18 @@ pub(super) fn rules(family: AddressFamily, plan: &Plan, place: u32) -> Outcome<V
     all.extend(past.map(|prefix| to(prefix, Some(MAIN))));
     all.push(rule(Vec::new(), Some(TABLE)));
     if plan.kill_switch {
-        // A program that insists on a device finds no way in our table.
-        all.extend(plan.wanted(family).into_iter().map(|p| to(p, None)));
+        // A program that insists on a device or on a neighbour finds no way in
+        // our table. Root can do anything, and must be able to: the kernel asks
+        // in its name whether the gateway of a new route is reachable.
+        all.extend(plan.wanted(family).into_iter().map(|prefix| {
+            let mut rule = to(prefix, None);
+            let users = RuleUidRange {
+                start: 1,
+                end: u32::MAX - 1,
+            };
+            rule.attributes.push(RuleAttribute::UidRange(users));
+            rule
+        }));
     }
     if all.len() > MOST {
         return Err(Failure::usage(format!(

@@ -230,7 +230,11 @@ impl Wire {
             buffer.truncate(length);
             Ok((buffer, fd))
         };
-        let (buffer, fd) = self.fd.async_io(Interest::READABLE, receive).await?;
+        let (buffer, fd) = match self.fd.async_io(Interest::READABLE, receive).await {
+            // It ended before it had read what we sent.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+            done => done?,
+        };
         if buffer.is_empty() {
             return Ok(None);
         }

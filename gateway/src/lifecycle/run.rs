@@ -117,11 +117,13 @@ async fn serve(
     tasks.spawn(async move {
         gate.ring().warm_up().await;
     });
+    // Before anybody is told that we are ready: a signal that nobody watches for kills.
+    let signals = Signals::watch().map_err(Failure::Internal)?;
     greet(&config, &front);
     tasks.spawn(watchdog());
 
     let reload = || reload(&path, &front);
-    wait_for_the_end(reload).await.map_err(Failure::Internal)?;
+    signals.wait_for_the_end(reload).await;
 
     info!("shutting down");
     tell(&[NotifyState::Stopping]);
@@ -288,22 +290,37 @@ async fn watchdog() {
     }
 }
 
-async fn wait_for_the_end(reload: impl Fn()) -> anyhow::Result<()> {
-    let on = |kind| signal(kind).context("cannot watch for signals");
-    let mut hangup: Signal = on(SignalKind::hangup())?;
-    let mut terminate = on(SignalKind::terminate())?;
-    let mut interrupt = on(SignalKind::interrupt())?;
-    loop {
-        tokio::select! {
-            _ = hangup.recv() => {
-                if let Ok(now) = NotifyState::monotonic_usec_now() {
-                    tell(&[NotifyState::Reloading, now]);
+/// What the process is told by signals.
+struct Signals {
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// From here on they are ours to handle.
+    fn watch() -> anyhow::Result<Signals> {
+        let on = |kind| signal(kind).context("cannot watch for signals");
+        Ok(Signals {
+            hangup: on(SignalKind::hangup())?,
+            terminate: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn wait_for_the_end(mut self, reload: impl Fn()) {
+        loop {
+            tokio::select! {
+                _ = self.hangup.recv() => {
+                    if let Ok(now) = NotifyState::monotonic_usec_now() {
+                        tell(&[NotifyState::Reloading, now]);
+                    }
+                    reload();
+                    tell(&[NotifyState::Ready]);
                 }
-                reload();
-                tell(&[NotifyState::Ready]);
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
             }
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
         }
     }
 }

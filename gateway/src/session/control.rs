@@ -1,6 +1,6 @@
 //! The text messages of a native session.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +21,8 @@ use crate::meter::{Side, Totals};
 const RESOLVE: Duration = Duration::from_secs(5);
 /// Names a client may have in resolution at the same time.
 const RESOLVING: usize = 8;
+/// And all clients together, as each takes a thread from what else may block.
+static EVERYBODY: Semaphore = Semaphore::const_new(64);
 /// Addresses of one name; more are of no use to anybody.
 const ADDRESSES: usize = 16;
 
@@ -68,15 +70,25 @@ impl Desk {
     }
 
     fn resolve(&self, id: u32, name: String) -> Option<Message> {
-        let Ok(permit) = Arc::clone(&self.resolving).try_acquire_owned() else {
+        let own = Arc::clone(&self.resolving).try_acquire_owned();
+        let (Ok(own), Ok(common)) = (own, EVERYBODY.try_acquire()) else {
             return notice("not-now", "too many names at once");
         };
         let answers = self.answers.clone();
+        // A lookup that is given up goes on in a thread, so its permits stay with it.
+        let lookup = self.runtime.spawn(async move {
+            let found = lookup_host((name.as_str(), 0)).await.map(Vec::from_iter);
+            drop((own, common));
+            found
+        });
         self.runtime.spawn(async move {
-            let found = timeout(RESOLVE, lookup_host((name.as_str(), 0))).await;
+            let found = timeout(RESOLVE, lookup).await;
             let (mut addresses, error) = match found {
-                Ok(Ok(found)) => (found.map(|a| a.ip()).collect(), None),
-                Ok(Err(_)) => (Vec::new(), Some("the name does not resolve".to_owned())),
+                Ok(Ok(Ok(found))) => (found.iter().map(SocketAddr::ip).collect(), None),
+                Ok(_) => (
+                    Vec::<IpAddr>::new(),
+                    Some("the name does not resolve".to_owned()),
+                ),
                 Err(_) => (Vec::new(), Some("the resolver does not answer".to_owned())),
             };
             addresses.dedup();
@@ -96,7 +108,6 @@ impl Desk {
                 // A session that ended, or does not read, does without.
                 drop(answers.try_send(message));
             }
-            drop(permit);
         });
         None
     }

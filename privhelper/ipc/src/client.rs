@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use crate::frame::{
-    Class, FLAG_RESUMED, FLAG_SUCCESSOR, FrameError, Generation, Key, Kind, Notice, Op, REPLY_LEN,
-    Reply, Request, Slot, Status,
+    Class, FLAG_RESUMED, FLAG_SUCCESSOR, FrameError, Generation, Key, Kind, Op, REPLY_LEN, Reply,
+    Request, Slot, Status,
 };
 use crate::{EXCHANGE_TIMEOUT, seqpacket};
 
@@ -38,10 +38,13 @@ impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ClientError::Io(e) => write!(f, "helper socket: {e}"),
-            ClientError::WrongPeer { found, expected } => write!(
-                f,
-                "the helper socket is served by uid {found}, not by the helper's uid {expected}: another program is in its place"
-            ),
+            ClientError::WrongPeer { found, expected } => {
+                let who = format!("uid {found}, not by the helper's uid {expected}");
+                write!(
+                    f,
+                    "the helper socket is served by {who}: another program is in its place"
+                )
+            }
             ClientError::Frame(e) => write!(f, "the helper's answer: {e}"),
             ClientError::Refused(r) => write!(f, "the helper refused: {}", r.status),
             ClientError::Closed => f.write_str("the helper closed the connection"),
@@ -51,6 +54,8 @@ impl fmt::Display for ClientError {
 }
 
 impl std::error::Error for ClientError {}
+
+type Result<T> = std::result::Result<T, ClientError>;
 
 impl From<io::Error> for ClientError {
     fn from(e: io::Error) -> Self {
@@ -79,16 +84,12 @@ impl Lease {
 pub struct Client {
     socket: OwnedFd,
     seq: u32,
-    notices: VecDeque<Notice>,
+    notices: VecDeque<Reply>,
 }
 
 impl Client {
     /// Connects, checks that `helper_uid` serves the socket, and says hello.
-    pub fn connect(
-        path: &Path,
-        helper_uid: u32,
-        successor: bool,
-    ) -> Result<(Client, Reply), ClientError> {
+    pub fn connect(path: &Path, helper_uid: u32, successor: bool) -> Result<(Client, Reply)> {
         let socket = seqpacket::connect(path)?;
         seqpacket::set_timeout(socket.as_fd(), EXCHANGE_TIMEOUT)?;
         let found = seqpacket::peer_cred(socket.as_fd())?.uid;
@@ -102,30 +103,22 @@ impl Client {
             seq,
             notices,
         };
-        let flags = if successor { FLAG_SUCCESSOR } else { 0 };
-        let hello = Request {
-            flags,
-            ..Request::new(Op::Hello, 0)
-        };
+        let mut hello = Request::new(Op::Hello, 0);
+        hello.flags = if successor { FLAG_SUCCESSOR } else { 0 };
         let reply = client.exchange(hello)?.reply;
         Ok((client, reply))
     }
 
     /// The pool's figures.
-    pub fn describe(&mut self) -> Result<Reply, ClientError> {
+    pub fn describe(&mut self) -> Result<Reply> {
         Ok(self.exchange(Request::new(Op::Describe, 0))?.reply)
     }
 
     /// A slot for `key`.
-    pub fn acquire(&mut self, key: Key, kind: Kind, class: Class) -> Result<Lease, ClientError> {
-        let (wanted, kind) = (kind.has_tun(), Some(kind));
-        let acquire = Request::new(Op::Acquire, 0);
-        let lease = self.exchange(Request {
-            key,
-            kind,
-            class,
-            ..acquire
-        })?;
+    pub fn acquire(&mut self, key: Key, kind: Kind, class: Class) -> Result<Lease> {
+        let (wanted, mut acquire) = (kind.has_tun(), Request::new(Op::Acquire, 0));
+        (acquire.key, acquire.kind, acquire.class) = (key, Some(kind), class);
+        let lease = self.exchange(acquire)?;
         if lease.tun.is_some() != wanted {
             return Err(ClientError::Mismatch("the TUN descriptor"));
         }
@@ -133,45 +126,39 @@ impl Client {
     }
 
     /// Claims a lease held before the helper or the gateway restarted.
-    pub fn confirm(&mut self, slot: Slot, g: Generation, key: Key) -> Result<Reply, ClientError> {
+    pub fn confirm(&mut self, slot: Slot, g: Generation, key: Key) -> Result<Reply> {
         self.about(Op::Confirm, slot, g, key)
     }
 
     /// Leaves the lease to its linger time. The caller closes its TUN first.
-    pub fn linger(&mut self, slot: Slot, g: Generation) -> Result<(), ClientError> {
+    pub fn linger(&mut self, slot: Slot, g: Generation) -> Result<()> {
         self.about(Op::Linger, slot, g, Key::NONE).map(drop)
     }
 
     /// Gives the lease back. The caller closes its TUN first.
-    pub fn release(&mut self, slot: Slot, g: Generation) -> Result<(), ClientError> {
+    pub fn release(&mut self, slot: Slot, g: Generation) -> Result<()> {
         self.about(Op::Release, slot, g, Key::NONE).map(drop)
     }
 
-    fn about(&mut self, op: Op, slot: Slot, g: Generation, key: Key) -> Result<Reply, ClientError> {
-        let (generation, request) = (g, Request::new(op, 0));
-        Ok(self
-            .exchange(Request {
-                slot,
-                generation,
-                key,
-                ..request
-            })?
-            .reply)
+    fn about(&mut self, op: Op, slot: Slot, g: Generation, key: Key) -> Result<Reply> {
+        let mut request = Request::new(op, 0);
+        (request.slot, request.generation, request.key) = (slot, g, key);
+        Ok(self.exchange(request)?.reply)
     }
 
     /// The oldest notice that arrived with an answer and was not taken yet.
-    pub fn take_notice(&mut self) -> Option<Notice> {
+    pub fn take_notice(&mut self) -> Option<Reply> {
         self.notices.pop_front()
     }
 
     /// Waits up to the exchange timeout for a notice.
-    pub fn wait_notice(&mut self) -> Result<Notice, ClientError> {
+    pub fn wait_notice(&mut self) -> Result<Reply> {
         if let Some(notice) = self.notices.pop_front() {
             return Ok(notice);
         }
         let (reply, _) = self.receive()?;
         match reply.op {
-            None => Ok(reply.into()),
+            None => Ok(reply),
             Some(_) => Err(ClientError::Mismatch("an answer nobody waits for")),
         }
     }
@@ -181,7 +168,7 @@ impl Client {
         self.socket.as_fd()
     }
 
-    fn receive(&mut self) -> Result<(Reply, Option<OwnedFd>), ClientError> {
+    fn receive(&mut self) -> Result<(Reply, Option<OwnedFd>)> {
         let mut buf = [0; REPLY_LEN];
         let got = unbroken(|| seqpacket::recv(self.socket.as_fd(), &mut buf, true))?;
         if got.len == 0 {
@@ -196,7 +183,7 @@ impl Client {
     }
 
     /// Sends a request under the next number and waits for its answer.
-    fn exchange(&mut self, request: Request) -> Result<Lease, ClientError> {
+    fn exchange(&mut self, request: Request) -> Result<Lease> {
         self.seq = self.seq.checked_add(1).unwrap_or(1);
         let (op, seq) = (request.op, self.seq);
         let frame = Request { seq, ..request }.encode();
@@ -204,7 +191,7 @@ impl Client {
         loop {
             let (reply, tun) = self.receive()?;
             match reply.op {
-                None => self.notices.push_back(reply.into()),
+                None => self.notices.push_back(reply),
                 Some(answered) if answered != op || reply.seq != seq => {
                     return Err(ClientError::Mismatch("operation or sequence number"));
                 }

@@ -324,11 +324,9 @@ frame! {
 impl Request {
     /// A request of this kind with every other field empty.
     pub const fn new(op: Op, seq: u32) -> Request {
-        Request {
-            op,
-            seq,
-            ..Request::EMPTY
-        }
+        let mut request = Request::EMPTY;
+        (request.op, request.seq) = (op, seq);
+        request
     }
 
     fn check(&self) -> Result<(), FrameError> {
@@ -401,54 +399,21 @@ frame! {
 impl Reply {
     /// An answer to `request` with every other field empty.
     pub const fn to(request: &Request, status: Status) -> Reply {
-        let (op, seq) = (Some(request.op), request.seq);
-        Reply {
-            op,
-            seq,
-            status,
-            ..Reply::EMPTY
-        }
+        let mut reply = Reply::notice(status, 0, 0);
+        (reply.op, reply.seq) = (Some(request.op), request.seq);
+        reply
     }
 
     /// An unsolicited message about a lease, or about the whole pool with slot and generation zero.
     pub const fn notice(status: Status, slot: Slot, generation: Generation) -> Reply {
-        Reply {
-            status,
-            slot,
-            generation,
-            ..Reply::EMPTY
-        }
+        let mut reply = Reply::EMPTY;
+        (reply.status, reply.slot, reply.generation) = (status, slot, generation);
+        reply
     }
 
     fn check(&self) -> Result<(), FrameError> {
         let fits = (self.seq == 0) == self.op.is_none();
-        if fits {
-            Ok(())
-        } else {
-            Err(FrameError::Field("seq"))
-        }
-    }
-}
-
-/// A notice as its receiver wants it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Notice {
-    /// What happened.
-    pub status: Status,
-    /// To which slot; zero with generation zero means to all.
-    pub slot: Slot,
-    /// To which lease of it.
-    pub generation: Generation,
-}
-
-impl From<Reply> for Notice {
-    fn from(r: Reply) -> Notice {
-        let (status, slot, generation) = (r.status, r.slot, r.generation);
-        Notice {
-            status,
-            slot,
-            generation,
-        }
+        fits.then_some(()).ok_or(FrameError::Field("seq"))
     }
 }
 

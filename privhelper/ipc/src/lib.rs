@@ -14,9 +14,7 @@ pub mod frame;
 pub mod seqpacket;
 
 pub use client::{Client, ClientError, Lease};
-pub use frame::{
-    Class, FrameError, Generation, Key, Kind, Notice, Op, Reply, Request, Slot, Status,
-};
+pub use frame::{Class, FrameError, Generation, Key, Kind, Op, Reply, Request, Slot, Status};
 
 /// How long either side waits for the other inside one exchange.
 pub const EXCHANGE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(1);

@@ -9,7 +9,7 @@
     reason = "recvmsg with an exact control length; descriptors the kernel has just made"
 )]
 
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
@@ -53,13 +53,10 @@ pub struct PeerCred {
 /// Receives one message; with `want_fd` false no descriptor can get in.
 pub fn recv(socket: BorrowedFd<'_>, buf: &mut [u8], want_fd: bool) -> io::Result<Received> {
     let mut control = Control([0; ONE_FD]);
-    let mut iov = libc::iovec {
-        iov_base: buf.as_mut_ptr().cast(),
-        iov_len: buf.len(),
-    };
+    let mut iov = IoSliceMut::new(buf);
     // SAFETY: msghdr is plain data for which all zero is a valid value.
     let mut msg: libc::msghdr = unsafe { zeroed() };
-    msg.msg_iov = &raw mut iov;
+    msg.msg_iov = (&raw mut iov).cast();
     msg.msg_iovlen = 1;
     if want_fd {
         msg.msg_control = (&raw mut control).cast();
@@ -67,6 +64,7 @@ pub fn recv(socket: BorrowedFd<'_>, buf: &mut [u8], want_fd: bool) -> io::Result
     }
     // SAFETY: every pointer in msg refers to a live local of the stated length.
     let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut msg, libc::MSG_CMSG_CLOEXEC) };
+    let len = Errno::result(got)? as usize;
     let mut fd = None;
     if want_fd {
         // SAFETY: msg was filled by recvmsg and control outlives this use.
@@ -83,7 +81,7 @@ pub fn recv(socket: BorrowedFd<'_>, buf: &mut [u8], want_fd: bool) -> io::Result
         }
     }
     Ok(Received {
-        len: Errno::result(got)? as usize,
+        len,
         truncated: msg.msg_flags & libc::MSG_TRUNC != 0,
         fd,
         surplus_fds: msg.msg_flags & libc::MSG_CTRUNC != 0,
@@ -96,20 +94,15 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) ->
     let control = fds.as_ref().map(|fds| ControlMessage::ScmRights(fds));
     let (parts, flags) = ([IoSlice::new(bytes)], MsgFlags::MSG_NOSIGNAL);
     let n = socket::sendmsg::<()>(socket.as_raw_fd(), &parts, control.as_slice(), flags, None)?;
-    if n == bytes.len() {
-        Ok(())
-    } else {
-        Err(io::ErrorKind::WriteZero.into())
-    }
+    let whole = (n == bytes.len()).then_some(());
+    whole.ok_or_else(|| io::ErrorKind::WriteZero.into())
 }
 
 /// The peer's credentials, taken by the kernel when it connected.
 pub fn peer_cred(socket: BorrowedFd<'_>) -> io::Result<PeerCred> {
     let cred = socket::getsockopt(&socket, sockopt::PeerCredentials)?;
-    Ok(PeerCred {
-        pid: cred.pid(),
-        uid: cred.uid(),
-    })
+    let (pid, uid) = (cred.pid(), cred.uid());
+    Ok(PeerCred { pid, uid })
 }
 
 /// A handle on the peer's process that cannot come to mean another one. It
@@ -132,10 +125,8 @@ fn new_socket(flags: SockFlag) -> nix::Result<OwnedFd> {
 
 fn address(path: &Path) -> io::Result<UnixAddr> {
     UnixAddr::new(path).map_err(|e| {
-        let why = format!(
-            "{}: {e}: a socket path has at most 107 bytes",
-            path.display()
-        );
+        let why = format!("{e}: a socket path has at most 107 bytes");
+        let why = format!("{}: {why}", path.display());
         io::Error::new(io::ErrorKind::InvalidInput, why)
     })
 }

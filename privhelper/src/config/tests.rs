@@ -18,7 +18,7 @@ fn an_empty_file_is_the_documented_default() {
         (User { uid: 990, gid: 991 }, User { uid: 992, gid: 993 })
     );
     assert_eq!(
-        (c.slots, c.max_slots, c.nat_low, c.nat_high),
+        (c.slots, c.max_slots, c.nat.0, c.nat.1),
         (64, 4096, 16384, 32767)
     );
     assert_eq!(c.pool6, parse("", &env()).unwrap().pool6);
@@ -39,7 +39,7 @@ fn the_example_says_what_the_defaults_are() {
     let silent = parse("", &env()).unwrap();
     assert_eq!(format!("{told:?}"), format!("{silent:?}"));
     assert_eq!(silent.socket, Path::new(rvpn_ipc::DEFAULT_SOCKET));
-    assert_eq!(Values::read("").unwrap().defaults.len(), 25 + 3);
+    assert_eq!(Values::new("").unwrap().defaults.len(), 25 + 3);
 }
 
 #[test]

@@ -18,8 +18,15 @@ use crate::config::Config;
 
 /// Descriptors needed beside those of a batch in creation.
 const DESCRIPTORS: u64 = 256;
-/// `CAP_NET_ADMIN` as `/proc` writes it.
-const NET_ADMIN_MASK: &str = "0000000000001000";
+/// What `/proc` says of every thread: `CAP_NET_ADMIN`, the twelfth bit, and no more.
+const HELD: [(&str, &str); 6] = [
+    ("CapEff", "0000000000001000"),
+    ("CapPrm", "0000000000001000"),
+    ("CapInh", "0000000000000000"),
+    ("CapAmb", "0000000000000000"),
+    ("NoNewPrivs", "1"),
+    ("Seccomp", "2"),
+];
 
 /// Whether our user ids are not the machine's own.
 pub(crate) fn in_user_namespace() -> bool {
@@ -29,16 +36,14 @@ pub(crate) fn in_user_namespace() -> bool {
 }
 
 /// Makes what we inherited harmless: file modes, limits, descriptors, the working directory.
-pub(crate) fn settle(keep_descriptors: u32) -> io::Result<()> {
+pub(crate) fn settle(keep_descriptors: u64) -> io::Result<()> {
     stat::umask(stat::Mode::from_bits_truncate(0o077));
     std::env::set_current_dir("/")?;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     if soft < DESCRIPTORS {
-        setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, hard.max(DESCRIPTORS)).map_err(|_| {
-            io::Error::other(format!(
-                "the limit of open files is {soft}, {DESCRIPTORS} are needed: raise it"
-            ))
-        })?;
+        let needed = format!("open files is {soft}, {DESCRIPTORS} are needed: raise it");
+        setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, hard.max(DESCRIPTORS))
+            .map_err(|_| io::Error::other(format!("the limit of {needed}")))?;
     }
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     landlock::close_from(3 + keep_descriptors)
@@ -61,20 +66,15 @@ pub(crate) fn drop_privileges(config: &Config) -> io::Result<()> {
             Err(nix::Error::EPERM) if in_user_namespace() => {}
             other => other?,
         }
-        let (uid, gid) = (
-            Uid::from_raw(config.helper.uid),
-            Gid::from_raw(config.helper.gid),
-        );
+        let uid = Uid::from_raw(config.helper.uid);
+        let gid = Gid::from_raw(config.helper.gid);
         setresgid(gid, gid, gid)?;
         setresuid(uid, uid, uid)?;
     }
     let _ = caps::clear(None, CapSet::Ambient);
-    caps::set(None, CapSet::Effective, &keep).map_err(|_| {
-        io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            "no CAP_NET_ADMIN: start it as root, or with that capability in its unit",
-        )
-    })?;
+    let needed = "no CAP_NET_ADMIN: start it as root, or with that capability in its unit";
+    let refused = |_| io::Error::new(io::ErrorKind::PermissionDenied, needed);
+    caps::set(None, CapSet::Effective, &keep).map_err(refused)?;
     caps::set(None, CapSet::Permitted, &keep).map_err(error)?;
     caps::clear(None, CapSet::Inheritable).map_err(error)?;
     prctl::set_no_new_privs()?;
@@ -86,26 +86,15 @@ pub(crate) fn drop_privileges(config: &Config) -> io::Result<()> {
 pub(crate) fn prove() -> io::Result<()> {
     for task in fs::read_dir("/proc/self/task")? {
         let status = fs::read_to_string(task?.path().join("status"))?;
-        let field = |name: &str| {
-            status
+        for (name, wanted) in HELD {
+            let line = status
                 .lines()
-                .find_map(|l| l.strip_prefix(name)?.strip_prefix(":\t"))
-                .unwrap_or_default()
-        };
-        let zero = "0".repeat(NET_ADMIN_MASK.len());
-        let wanted = [
-            ("CapEff", NET_ADMIN_MASK),
-            ("CapPrm", NET_ADMIN_MASK),
-            ("CapInh", zero.as_str()),
-            ("CapAmb", zero.as_str()),
-            ("NoNewPrivs", "1"),
-            ("Seccomp", "2"),
-        ];
-        if let Some((name, value)) = wanted.into_iter().find(|(n, v)| field(n) != *v) {
-            let found = field(name);
-            return Err(io::Error::other(format!(
-                "confinement failed: {name} is {found}, not {value}"
-            )));
+                .find_map(|l| l.strip_prefix(name)?.strip_prefix(":\t"));
+            let found = line.unwrap_or_default();
+            if found != wanted {
+                let why = format!("confinement failed: {name} is {found}, not {wanted}");
+                return Err(io::Error::other(why));
+            }
         }
     }
     Ok(())

@@ -10,43 +10,18 @@ use seccompiler::{
 
 use crate::kernel::tun;
 
+macro_rules! numbers {
+    ($($call:ident)*) => { [$(libc::$call),*] };
+}
+
 /// Allowed whatever their arguments.
-const PLAIN: [libc::c_long; 35] = [
-    libc::SYS_read,
-    libc::SYS_write,
-    libc::SYS_writev,
-    libc::SYS_close,
-    libc::SYS_openat,
-    libc::SYS_newfstatat,
-    libc::SYS_statx,
-    libc::SYS_lseek,
-    libc::SYS_fcntl,
-    libc::SYS_fsync,
-    libc::SYS_rename,
-    libc::SYS_unlink,
-    libc::SYS_getdents64,
-    libc::SYS_ppoll,
-    libc::SYS_poll,
-    libc::SYS_accept4,
-    libc::SYS_sendto,
-    libc::SYS_sendmsg,
-    libc::SYS_recvmsg,
-    libc::SYS_getsockopt,
-    libc::SYS_futex,
-    libc::SYS_clock_nanosleep,
-    libc::SYS_clock_gettime,
-    libc::SYS_getrandom,
-    libc::SYS_mmap,
-    libc::SYS_munmap,
-    libc::SYS_mremap,
-    libc::SYS_madvise,
-    libc::SYS_brk,
-    libc::SYS_sigaltstack,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_restart_syscall,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
+const PLAIN: [libc::c_long; 35] = numbers![
+    SYS_read SYS_write SYS_writev SYS_close SYS_openat SYS_newfstatat SYS_statx SYS_lseek
+    SYS_fcntl SYS_fsync SYS_rename SYS_unlink SYS_getdents64 SYS_ppoll SYS_poll SYS_accept4
+    SYS_sendto SYS_sendmsg SYS_recvmsg SYS_getsockopt SYS_futex SYS_clock_nanosleep
+    SYS_clock_gettime SYS_getrandom SYS_mmap SYS_munmap SYS_mremap SYS_madvise SYS_brk
+    SYS_sigaltstack SYS_rt_sigprocmask SYS_rt_sigreturn SYS_restart_syscall SYS_exit
+    SYS_exit_group
 ];
 
 fn error(e: impl std::fmt::Display) -> io::Error {
@@ -55,28 +30,26 @@ fn error(e: impl std::fmt::Display) -> io::Error {
 
 /// `ioctl` by request, `mprotect` without execution.
 fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        PLAIN.iter().map(|&n| (n, Vec::new())).collect();
-    let ioctls = tun::REQUESTS
-        .iter()
-        .map(|&r| SeccompRule::new(vec![Condition::new(1, Len::Dword, Op::Eq, r)?]))
-        .collect::<Result<_, _>>()?;
-    rules.insert(libc::SYS_ioctl, ioctls);
-    let exec = libc::PROT_EXEC as u64;
-    let no_exec = SeccompRule::new(vec![Condition::new(2, Len::Dword, Op::MaskedEq(exec), 0)?])?;
+    let when = |argument, op, value| {
+        let condition = Condition::new(argument, Len::Dword, op, value)?;
+        SeccompRule::new(vec![condition])
+    };
+    let ioctls = tun::REQUESTS.map(|request| when(1, Op::Eq, request));
+    let no_exec = when(2, Op::MaskedEq(libc::PROT_EXEC as u64), 0)?;
+    let mut rules = BTreeMap::from(PLAIN.map(|call| (call, Vec::new())));
+    rules.insert(
+        libc::SYS_ioctl,
+        ioctls.into_iter().collect::<Result<_, _>>()?,
+    );
     rules.insert(libc::SYS_mprotect, vec![no_exec]);
     Ok(rules)
 }
 
 pub(crate) fn apply() -> io::Result<()> {
     let arch = std::env::consts::ARCH.try_into().map_err(error)?;
-    let filter = SeccompFilter::new(
-        rules().map_err(error)?,
-        SeccompAction::KillProcess,
-        SeccompAction::Allow,
-        arch,
-    )
-    .map_err(error)?;
+    let (otherwise, listed) = (SeccompAction::KillProcess, SeccompAction::Allow);
+    let rules = rules().map_err(error)?;
+    let filter = SeccompFilter::new(rules, otherwise, listed, arch).map_err(error)?;
     let program: BpfProgram = filter.try_into().map_err(error)?;
     seccompiler::apply_filter_all_threads(&program).map_err(error)
 }

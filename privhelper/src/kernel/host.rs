@@ -17,11 +17,8 @@ pub(crate) fn uplinks(k: &mut Kernel) -> io::Result<Vec<u32>> {
         defaults.map(|r| r.index).filter(|&i| i > 1).collect()
     } else {
         let (links, c) = (link::dump(k)?, &k.config);
-        let named = links.iter().filter(|l| c.uplink.contains(&l.name));
-        named
-            .filter(|l| l.group != c.link_group)
-            .map(|l| l.index)
-            .collect()
+        let named = |l: &&link::Link| c.uplink.contains(&l.name) && l.group != c.link_group;
+        links.iter().filter(named).map(|l| l.index).collect()
     };
     found.sort_unstable();
     found.dedup();
@@ -43,16 +40,12 @@ pub(crate) fn bound_ports() -> io::Result<Vec<(&'static str, u16)>> {
     for table in ["tcp", "tcp6", "udp", "udp6"] {
         let text = sysctl::if_there(fs::read_to_string(format!("/proc/self/net/{table}")))?;
         for line in text.unwrap_or_default().lines().skip(1) {
-            let [_, local, remote, state, ..] = line.split_whitespace().collect::<Vec<_>>()[..]
-            else {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let &[_, local, remote, state, ..] = words.as_slice() else {
                 continue;
             };
-            let tcp = table.starts_with("tcp");
-            let waits = if tcp {
-                state == TCP_LISTEN
-            } else {
-                port(remote) == Some(0)
-            };
+            let (tcp, idle) = (table.starts_with("tcp"), port(remote) == Some(0));
+            let waits = if tcp { state == TCP_LISTEN } else { idle };
             ports.extend(port(local).filter(|&p| waits && p != 0).map(|p| (table, p)));
         }
     }
@@ -66,9 +59,8 @@ pub(crate) fn listening(socket: &Path) -> io::Result<bool> {
     const LISTENS: &str = "00010000";
     let ending = format!(" {}", socket.display());
     let listens = |l: &str| l.ends_with(&ending) && l.split_whitespace().nth(3) == Some(LISTENS);
-    Ok(fs::read_to_string("/proc/self/net/unix")?
-        .lines()
-        .any(listens))
+    let table = fs::read_to_string("/proc/self/net/unix")?;
+    Ok(table.lines().any(listens))
 }
 
 /// The largest number of flows the kernel tracks, for all of the host.
@@ -83,10 +75,8 @@ pub(crate) fn overlaps(k: &mut Kernel) -> io::Result<Vec<(Net, Net)>> {
     let made = |l: &&link::Link| l.group == c.link_group && Tag::from_alias(&l.alias).is_some();
     let ours: HashSet<u32> = links.iter().filter(made).map(|l| l.index).collect();
     let mut out = Vec::new();
-    for f in link::routes(k)?
-        .into_iter()
-        .chain(link::addresses(k, None)?)
-    {
+    let found = [link::routes(k)?, link::addresses(k, None)?].concat();
+    for f in found {
         for range in c.own_nets() {
             let theirs = !f.ours && !ours.contains(&f.index) && f.net.len > 0;
             if theirs && range.overlaps(f.net) && !out.contains(&(range, f.net)) {

@@ -2,10 +2,12 @@
 //!
 //! Pure netlink over blocking sockets. One [`Kernel`] belongs to one thread.
 
+#[macro_use]
+pub(crate) mod netlink;
+
 pub(crate) mod conntrack;
 pub(crate) mod host;
 pub(crate) mod link;
-pub(crate) mod netlink;
 pub(crate) mod nft;
 pub(crate) mod ruleset;
 mod sockopt;

@@ -19,43 +19,73 @@ const HEADER: usize = 16;
 const RECEIVE: usize = 32 * 1024;
 const ANSWER_SECONDS: i64 = 10;
 
+/// What an attribute can hold.
+pub(crate) trait Payload {
+    const FLAGS: u16 = 0;
+    fn bytes(self) -> Vec<u8>;
+}
+
+/// Attributes inside one.
+pub(crate) struct Nest(pub(crate) Vec<u8>);
+
+impl Payload for Nest {
+    const FLAGS: u16 = 0x8000;
+    fn bytes(self) -> Vec<u8> {
+        self.0
+    }
+}
+
+macro_rules! payloads {
+    ($($kind:ty: $bytes:expr;)*) => { $(
+        impl Payload for $kind {
+            fn bytes(self) -> Vec<u8> {
+                ($bytes)(self)
+            }
+        }
+    )* };
+}
+
+payloads! {
+    // Big-endian, as nfnetlink has numbers; rtnetlink's are given as native bytes.
+    u32: |n: u32| n.to_be_bytes().to_vec();
+    // With its terminating zero.
+    &str: |s: &str| [s.as_bytes(), &[0]].concat();
+    &[u8]: <[u8]>::to_vec;
+    [u8; 4]: |b: [u8; 4]| b.to_vec();
+}
+
 /// One attribute.
-pub(crate) fn attr(kind: u16, data: &[u8]) -> Vec<u8> {
+pub(crate) fn attr<P: Payload>(kind: u16, payload: P) -> Vec<u8> {
+    let data = payload.bytes();
     let len = u16::try_from(data.len() + 4).unwrap_or(u16::MAX);
-    let mut b = [&len.to_ne_bytes(), &kind.to_ne_bytes(), data].concat();
+    let head = [len, kind | P::FLAGS].map(u16::to_ne_bytes).concat();
+    let mut b = [head, data].concat();
     b.resize(b.len().next_multiple_of(4), 0);
     b
 }
 
-/// A native-endian number, as rtnetlink has them.
-pub(crate) fn ne(kind: u16, v: u32) -> Vec<u8> {
-    attr(kind, &v.to_ne_bytes())
+/// Attributes side by side: `attrs![KIND => PAYLOAD, ...]`.
+macro_rules! attrs {
+    ($($kind:expr => $payload:expr),*) => {{
+        let all: &[Vec<u8>] = &[$($crate::kernel::netlink::attr($kind, $payload)),*];
+        all.concat()
+    }};
 }
 
-/// A big-endian number, as nfnetlink has them.
-pub(crate) fn be(kind: u16, v: u32) -> Vec<u8> {
-    attr(kind, &v.to_be_bytes())
-}
-
-/// Text with its terminating zero.
-pub(crate) fn text(kind: u16, s: &str) -> Vec<u8> {
-    attr(kind, &[s.as_bytes(), &[0]].concat())
-}
-
-/// Attributes inside one.
-pub(crate) fn nest(kind: u16, attrs: &[Vec<u8>]) -> Vec<u8> {
-    attr(kind | 0x8000, &attrs.concat())
+/// Attributes as the payload of one.
+macro_rules! nest {
+    ($($all:tt)*) => { $crate::kernel::netlink::Nest(attrs![$($all)*]) };
 }
 
 /// One message; its sequence number is filled in when it is sent.
-pub(crate) fn message(kind: u16, flags: libc::c_int, fixed: &[u8], attrs: &[Vec<u8>]) -> Vec<u8> {
+pub(crate) fn message(kind: u16, flags: libc::c_int, fixed: &[u8], attrs: &[u8]) -> Vec<u8> {
+    let flags = flags as u16 | libc::NLM_F_REQUEST as u16;
     let mut b = [&[0; HEADER], fixed].concat();
     b.resize(b.len().next_multiple_of(4), 0);
-    b.extend(attrs.concat());
-    let len = u32::try_from(b.len()).unwrap_or(u32::MAX);
-    b[..4].copy_from_slice(&len.to_ne_bytes());
-    b[4..6].copy_from_slice(&kind.to_ne_bytes());
-    b[6..8].copy_from_slice(&(flags as u16 | libc::NLM_F_REQUEST as u16).to_ne_bytes());
+    b.extend(attrs);
+    let len = u32::try_from(b.len()).unwrap_or(u32::MAX).to_ne_bytes();
+    b[..4].copy_from_slice(&len);
+    b[4..8].copy_from_slice(&[kind, flags].map(u16::to_ne_bytes).concat());
     b
 }
 
@@ -73,12 +103,9 @@ pub(crate) struct Message<'a> {
 impl Message<'_> {
     /// What an error or an acknowledgement says.
     fn result(&self) -> Option<io::Result<()>> {
-        (self.kind == libc::NLMSG_ERROR as u16).then(|| match u32_at(self.body, 0) {
-            Some(0) => Ok(()),
-            code => Err(io::Error::from_raw_os_error(
-                -code.unwrap_or(0).cast_signed(),
-            )),
-        })
+        let code = u32_at(self.body, 0).unwrap_or(0).cast_signed();
+        let error = (code != 0).then(|| io::Error::from_raw_os_error(-code));
+        (self.kind == libc::NLMSG_ERROR as u16).then(|| error.map_or(Ok(()), Err))
     }
 }
 
@@ -99,7 +126,7 @@ pub(crate) fn messages(mut data: &[u8]) -> impl Iterator<Item = Message<'_>> {
 }
 
 /// The attributes after a message's fixed part.
-pub(crate) fn attrs(mut data: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(crate) fn attributes(mut data: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = usize::from(u16_at(data, 0)?);
         let kind = u16_at(data, 2)? & 0x3fff;
@@ -110,7 +137,7 @@ pub(crate) fn attrs(mut data: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 pub(crate) fn attr_of(data: &[u8], kind: u16) -> Option<&[u8]> {
-    attrs(data).find(|(k, _)| *k == kind).map(|(_, v)| v)
+    attributes(data).find(|(k, _)| *k == kind).map(|(_, v)| v)
 }
 
 pub(crate) fn u16_at(data: &[u8], at: usize) -> Option<u16> {
@@ -156,12 +183,8 @@ impl Socket {
         // Dumps are filtered by the kernel, not by us: the address dump by interface among them.
         super::sockopt::set_strict(&fd)?;
         let port = getsockname::<NetlinkAddr>(fd.as_raw_fd())?.pid();
-        Ok(Socket {
-            fd,
-            port,
-            seq: 0,
-            buf: vec![0; RECEIVE],
-        })
+        let (seq, buf) = (0, vec![0; RECEIVE]);
+        Ok(Socket { fd, port, seq, buf })
     }
 
     /// Numbers the messages and sends them; returns the last number before `end`.
@@ -255,7 +278,7 @@ impl Socket {
         &mut self,
         kind: u16,
         fixed: &[u8],
-        attrs: &[Vec<u8>],
+        attrs: &[u8],
         read: impl Fn(&[u8], &mut Vec<T>),
     ) -> io::Result<Vec<T>> {
         for _ in 0..8 {
@@ -277,9 +300,8 @@ impl Socket {
                 return Ok(found);
             }
         }
-        Err(io::Error::other(
-            "a table changed through eight dumps of it",
-        ))
+        let why = "a table changed through eight dumps of it";
+        Err(io::Error::other(why))
     }
 }
 
@@ -289,8 +311,8 @@ mod tests {
 
     #[test]
     fn messages_and_attributes_are_read_back() {
-        let inner = nest(26, &[attr(8, &[1])]);
-        let mut b = message(16, 0, &[1, 2, 3, 4], &[text(3, "rv0"), ne(13, 500), inner]);
+        let parts = attrs![3 => "rv0", 13 => 500_u32.to_ne_bytes(), 26 => nest![8 => &[1_u8][..]]];
+        let mut b = message(16, 0, &[1, 2, 3, 4], &parts);
         b.extend(message(17, 0, &[0; 4], &[]));
         let all: Vec<_> = messages(&b).collect();
         assert_eq!((all.len(), all[0].kind, all[1].kind), (2, 16, 17));
@@ -302,10 +324,10 @@ mod tests {
 
     #[test]
     fn cut_messages_end_the_walk() {
-        let b = message(16, 0, &[0; 4], &[ne(1, 7)]);
+        let b = message(16, 0, &[0; 4], &attrs![1 => 7]);
         for n in 0..b.len() {
             assert_eq!(messages(&b[..n]).count(), 0, "{n}");
         }
-        assert_eq!(attrs(&[3, 0, 1, 0]).count(), 0);
+        assert_eq!(attributes(&[3, 0, 1, 0]).count(), 0);
     }
 }

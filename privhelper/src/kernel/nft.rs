@@ -6,9 +6,9 @@
 //! counters NAME...                       one named counter each
 //! timeouts NAME FAMILY PROTOCOL SECONDS...   a timeout object, by state
 //! set NAME KEY [verdict|mark] [counter] [interval] [count]
-//! nets SET PREFIX...                     elements of an interval set
-//! protocols SET NUMBER...                elements of a set of protocols
-//! chain NAME [TYPE HOOK PRIORITY]
+//! elements SET VALUE...                  prefixes, or numbers of one byte
+//! chain NAME TYPE HOOK PRIORITY          one the kernel calls
+//! chains NAME...                         those that others call
 //! CHAIN: TERM, TERM...                   a rule
 //! ```
 //!
@@ -20,7 +20,7 @@
 use std::io;
 
 use super::Kernel;
-use super::netlink::{attr, be, message, nest, text};
+use super::netlink::{Nest, message};
 use crate::net::Net;
 
 /// Table of this name, of family inet.
@@ -36,14 +36,13 @@ const NEW_CHAIN: u16 = 3;
 const NEW_RULE: u16 = 6;
 pub(crate) const GET_RULE: u16 = 7;
 const NEW_SET: u16 = 9;
-const NEW_ELEMENT: u16 = 12;
-const DEL_ELEMENT: u16 = 14;
+pub(crate) const NEW_ELEMENT: u16 = 12;
+pub(crate) const DEL_ELEMENT: u16 = 14;
 const NEW_OBJECT: u16 = 18;
 /// Attribute: the table's name, in every message.
 pub(crate) const TABLE: u16 = 1;
 /// Attribute: what user space keeps with a table.
 pub(crate) const USERDATA: u16 = 6;
-const CREATE: libc::c_int = libc::NLM_F_CREATE;
 /// Elements per message: a nested attribute holds at most 64 KiB.
 const ELEMENTS: usize = 500;
 
@@ -57,38 +56,32 @@ const GOTO: i32 = -4;
 const COUNTER: u32 = 1;
 const TIMEOUT: u32 = 7;
 
-/// What loads a field.
-#[derive(Clone, Copy)]
-enum Source {
-    Meta(u32),
-    Ct(u32),
-    /// The type of an address, as the routing table has it.
-    Fib(u32),
-    /// Of the network header (1) or the transport header (2), from this byte on.
-    Header(u32, u32),
-}
+/// A field of a packet: its name, the expression that loads it, that one's
+/// attributes from the second on, its width. What ends in 4 or 6 is of that family
+/// alone. `payload` takes from the network header (1) or the transport header (2).
+type Field = (&'static str, &'static str, &'static [u32], usize);
 
-/// The fields of a packet: name, source, width. What ends in 4 or 6 is of that family alone.
-const FIELDS: [(&str, Source, usize); 19] = [
-    ("iif", Source::Meta(4), 4),
-    ("oif", Source::Meta(5), 4),
-    ("nfproto", Source::Meta(15), 1),
-    ("l4proto", Source::Meta(16), 1),
-    ("iifgroup", Source::Meta(21), 4),
-    ("oifgroup", Source::Meta(22), 4),
-    ("ctstate", Source::Ct(0), 4),
-    ("ctmark", Source::Ct(3), 4),
-    ("saddrtype", Source::Fib(1), 4),
-    ("daddrtype", Source::Fib(2), 4),
-    ("words4", Source::Header(1, 0), 1),
-    ("saddr4", Source::Header(1, 12), 4),
-    ("daddr4", Source::Header(1, 16), 4),
-    ("nexthdr6", Source::Header(1, 6), 1),
-    ("saddr6", Source::Header(1, 8), 16),
-    ("daddr6", Source::Header(1, 24), 16),
-    ("icmptype", Source::Header(2, 0), 1),
-    ("dport", Source::Header(2, 2), 2),
-    ("tcpflags", Source::Header(2, 13), 1),
+const FIELDS: [Field; 20] = [
+    ("iif", "meta", &[4], 4),
+    ("oif", "meta", &[5], 4),
+    ("nfproto", "meta", &[15], 1),
+    ("l4proto", "meta", &[16], 1),
+    ("iifgroup", "meta", &[21], 4),
+    ("oifgroup", "meta", &[22], 4),
+    ("ctstate", "ct", &[0], 4),
+    ("ctmark", "ct", &[3], 4),
+    ("saddrtype", "fib", &[3, 1], 4),
+    ("daddrtype", "fib", &[3, 2], 4),
+    ("words4", "payload", &[1, 0, 1], 1),
+    ("saddr4", "payload", &[1, 12, 4], 4),
+    ("daddr4", "payload", &[1, 16, 4], 4),
+    ("nexthdr6", "payload", &[1, 6, 1], 1),
+    ("saddr6", "payload", &[1, 8, 16], 16),
+    ("shost6", "payload", &[1, 22, 2], 2),
+    ("daddr6", "payload", &[1, 24, 16], 16),
+    ("icmptype", "payload", &[2, 0, 1], 1),
+    ("dport", "payload", &[2, 2, 2], 2),
+    ("tcpflags", "payload", &[2, 13, 1], 1),
 ];
 
 /// Terms that stand for others: a packet's family and protocol.
@@ -110,56 +103,38 @@ const TYPES: [(&str, u32, u32); 5] = [
     ("ifindex", 20, 4),
 ];
 
+/// In the kernel's order.
+const COMPARISONS: [&str; 6] = ["=", "!=", "<", "<=", ">", ">="];
 const HOOKS: [&str; 5] = ["prerouting", "input", "forward", "output", "postrouting"];
 
-fn expr(name: &str, attrs: &[Vec<u8>]) -> Vec<u8> {
-    nest(1, &[text(1, name), nest(2, attrs)])
-}
-
-fn value(kind: u16, bytes: &[u8]) -> Vec<u8> {
-    nest(kind, &[attr(1, bytes)])
-}
-
-fn verdict_data(code: i32, chain: &str) -> Vec<u8> {
-    let chain = if chain.is_empty() {
-        Vec::new()
-    } else {
-        text(2, chain)
+/// One expression: its name, then its attributes.
+macro_rules! expr {
+    ($name:expr $(, $kind:expr => $payload:expr)*) => {
+        attrs![1 => nest![1 => $name, 2 => nest![$($kind => $payload),*]]]
     };
-    nest(2, &[nest(2, &[be(1, code.cast_unsigned()), chain])])
 }
 
-fn verdict(code: i32, chain: &str) -> Vec<u8> {
-    expr(
-        "immediate",
-        &[be(1, VERDICT_REGISTER), verdict_data(code, chain)],
-    )
+fn verdict(code: i32, chain: &str) -> Nest {
+    let code = attrs![1 => code.cast_unsigned()];
+    let chain = (!chain.is_empty()).then(|| attrs![2 => chain]);
+    Nest([code, chain.unwrap_or_default()].concat())
+}
+
+fn end(code: i32, chain: &str) -> Vec<u8> {
+    expr!("immediate", 1 => VERDICT_REGISTER, 2 => nest![2 => verdict(code, chain)])
 }
 
 fn object(kind: u32, name: &str) -> Vec<u8> {
-    expr("objref", &[be(1, kind), text(2, name)])
+    expr!("objref", 1 => kind, 2 => name)
 }
 
 fn cmp(op: u32, bytes: &[u8]) -> Vec<u8> {
-    expr("cmp", &[be(1, R0), be(2, op), value(3, bytes)])
+    expr!("cmp", 1 => R0, 2 => op, 3 => nest![1 => bytes])
 }
 
 fn and(reg: u32, mask: &[u8]) -> Vec<u8> {
-    let (len, zero) = (mask.len() as u32, vec![0; mask.len()]);
-    expr(
-        "bitwise",
-        &[
-            be(1, reg),
-            be(2, reg),
-            be(3, len),
-            value(4, mask),
-            value(5, &zero),
-        ],
-    )
-}
-
-fn lookup(set: &str, rest: Vec<u8>) -> Vec<u8> {
-    expr("lookup", &[text(1, set), be(2, R0), rest])
+    let (len, zero) = (mask.len() as u32, &vec![0; mask.len()][..]);
+    expr!("bitwise", 1 => reg, 2 => reg, 3 => len, 4 => nest![1 => mask], 5 => nest![1 => zero])
 }
 
 fn number(s: &str) -> Option<u32> {
@@ -171,71 +146,43 @@ fn number(s: &str) -> Option<u32> {
 
 /// The first bits of so many bytes.
 fn mask(len: u8, width: usize) -> Vec<u8> {
-    let bits = u128::MAX.checked_shl(128 - u32::from(len)).unwrap_or(0);
+    let bits = u128::MAX.checked_shl(128_u32.saturating_sub(len.into()));
+    let bits = bits.unwrap_or(0);
     bits.to_be_bytes()[..width].to_vec()
 }
 
-/// One field, maybe masked: `NAME`, `NAME/LENGTH` or `NAME&BITS`.
-struct Field {
-    from: Source,
-    width: usize,
-    family: Option<char>,
-    mask: Option<Vec<u8>>,
+fn field(s: &str) -> Option<Field> {
+    let name = s.split(['/', '&']).next()?;
+    FIELDS.into_iter().find(|f| f.0 == name)
 }
 
-impl Field {
-    fn parse(s: &str) -> Option<Field> {
-        let name = s.split(['/', '&']).next()?;
-        let &(_, from, width) = FIELDS.iter().find(|f| f.0 == name)?;
-        let mut field = Field {
-            from,
-            width,
-            family: name.chars().last(),
-            mask: None,
-        };
-        field.family.take_if(|c| !c.is_ascii_digit());
-        field.mask = match (s.split_once('/'), s.split_once('&')) {
-            (Some((_, len)), _) => Some(mask(len.parse().ok()?, width)),
-            (_, Some((_, bits))) => Some(field.bytes(number(bits)?)),
-            _ => None,
-        };
-        Some(field)
+/// A number as the register of a field of this width holds it.
+fn held(n: u32, width: usize) -> Vec<u8> {
+    match width {
+        4 => n.to_ne_bytes().to_vec(),
+        _ => n.to_be_bytes()[4 - width.min(4)..].to_vec(),
     }
+}
 
-    /// A number as the field's register holds it.
-    fn bytes(&self, n: u32) -> Vec<u8> {
-        match self.width {
-            4 => n.to_ne_bytes().to_vec(),
-            width => n.to_be_bytes()[4 - width.min(4)..].to_vec(),
+/// Loads fields side by side from the first register on: `FIELD.FIELD`, each
+/// maybe masked as `NAME/LENGTH` or `NAME&BITS`.
+fn key(s: &str) -> Option<Vec<u8>> {
+    let (mut guards, mut loads) = (Vec::new(), Vec::new());
+    for (reg, part) in (R0..).zip(s.split('.')) {
+        let (name, expression, values, width) = field(part)?;
+        if let Some(family @ ('4' | '6')) = name.chars().last() {
+            guards.extend(term(&format!("ip{family}"))?);
+        }
+        let values = (2..).zip(values).map(|(kind, v)| attrs![kind => *v]);
+        let all = [attrs![1 => reg], values.flatten().collect()].concat();
+        loads.extend(attrs![1 => nest![1 => expression, 2 => Nest(all)]]);
+        if let Some((_, len)) = part.split_once('/') {
+            loads.extend(and(reg, &mask(len.parse().ok()?, width)));
+        } else if let Some((_, bits)) = part.split_once('&') {
+            loads.extend(and(reg, &held(number(bits)?, width)));
         }
     }
-
-    fn guard(&self) -> Vec<u8> {
-        let family = self.family.and_then(|c| term(&format!("ip{c}")));
-        family.unwrap_or_default()
-    }
-
-    fn load(&self, reg: u32) -> Vec<u8> {
-        let load = match self.from {
-            Source::Meta(key) => expr("meta", &[be(1, reg), be(2, key)]),
-            Source::Ct(key) => expr("ct", &[be(1, reg), be(2, key)]),
-            Source::Fib(of) => expr("fib", &[be(1, reg), be(2, 3), be(3, of)]),
-            Source::Header(base, at) => {
-                let len = self.width as u32;
-                expr("payload", &[be(1, reg), be(2, base), be(3, at), be(4, len)])
-            }
-        };
-        let masked = self.mask.as_ref().map(|m| and(reg, m));
-        [load, masked.unwrap_or_default()].concat()
-    }
-}
-
-/// Fields side by side from the first register on: `FIELD.FIELD`.
-fn key(s: &str) -> Option<Vec<u8>> {
-    let fields: Vec<Field> = s.split('.').map(Field::parse).collect::<Option<_>>()?;
-    let guards = fields.iter().map(Field::guard);
-    let loads = (R0..).zip(&fields).map(|(reg, f)| f.load(reg));
-    Some(guards.chain(loads).collect::<Vec<_>>().concat())
+    Some([guards, loads].concat())
 }
 
 /// The expressions of one term; `None` when it makes no sense.
@@ -244,94 +191,78 @@ fn term(s: &str) -> Option<Vec<u8>> {
         return term(long);
     }
     let words: Vec<&str> = s.split_whitespace().collect();
-    Some(match words[..] {
-        ["accept"] => verdict(ACCEPT, ""),
+    let parts = match words[..] {
+        ["accept"] => vec![end(ACCEPT, "")],
         // Counts by reason.
-        ["drop", reason] => [object(COUNTER, reason), verdict(DROP, "")].concat(),
-        ["jump", chain] => verdict(JUMP, chain),
-        ["goto", chain] => verdict(GOTO, chain),
-        ["timeout", name] => object(TIMEOUT, name),
-        [fields, "in", set] => [key(fields)?, lookup(set, vec![])].concat(),
-        [fields, "notin", set] => [key(fields)?, lookup(set, be(5, 1))].concat(),
+        ["drop", reason] => vec![object(COUNTER, reason), end(DROP, "")],
+        ["jump", chain] => vec![end(JUMP, chain)],
+        ["goto", chain] => vec![end(GOTO, chain)],
+        ["timeout", name] => vec![object(TIMEOUT, name)],
+        [fields, "in", set] => vec![key(fields)?, expr!("lookup", 1 => set, 2 => R0)],
+        [fields, "notin", set] => vec![key(fields)?, expr!("lookup", 1 => set, 2 => R0, 5 => 1)],
         // Takes the verdict the map holds for the key, or goes on.
-        [fields, "vmap", map] => [key(fields)?, lookup(map, be(3, VERDICT_REGISTER))].concat(),
+        [fields, "vmap", map] => {
+            let look = expr!("lookup", 1 => map, 2 => R0, 3 => VERDICT_REGISTER);
+            vec![key(fields)?, look]
+        }
         // Marks the flow with what the map holds for the key.
         [fields, "marks", map] => {
-            let set = expr("ct", &[be(2, 3), be(4, R0)]);
-            [key(fields)?, lookup(map, be(3, R0)), set].concat()
+            let look = expr!("lookup", 1 => map, 2 => R0, 3 => R0);
+            vec![key(fields)?, look, expr!("ct", 2 => 3, 4 => R0)]
         }
         // True when the set counts more flows than this with the same key.
         [fields, "counts", set, "over", most] => {
-            let limit = nest(2, &[be(1, number(most)?), be(2, 1)]);
-            let count = nest(7, &[text(1, "connlimit"), limit]);
-            [
-                key(fields)?,
-                expr("dynset", &[text(1, set), be(3, 0), be(4, R0), count]),
-            ]
-            .concat()
+            let limit = nest![1 => "connlimit", 2 => nest![1 => number(most)?, 2 => 1]];
+            let count = expr!("dynset", 1 => set, 3 => 0, 4 => R0, 7 => limit);
+            vec![key(fields)?, count]
         }
         // Lowers the segment size a SYN offers to what the path carries.
-        ["clamp-segments"] => [
+        ["clamp-segments"] => vec![
             term("tcp")?,
             term("tcpflags&6 = 2")?,
-            expr("rt", &[be(1, R0), be(2, 3)]),
-            expr(
-                "byteorder",
-                &[be(1, R0), be(2, R0), be(3, 1), be(4, 2), be(5, 2)],
-            ),
-            expr(
-                "exthdr",
-                &[be(7, R0), attr(2, &[2]), be(3, 2), be(4, 2), be(6, 1)],
-            ),
-        ]
-        .concat(),
+            expr!("rt", 1 => R0, 2 => 3),
+            expr!("byteorder", 1 => R0, 2 => R0, 3 => 1, 4 => 2, 5 => 2),
+            expr!("exthdr", 7 => R0, 2 => &[2][..], 3 => 2, 4 => 2, 6 => 1),
+        ],
         // To ports nobody here listens on, in an order nobody can guess.
         ["masquerade", low, high] => {
             const PORTS_GIVEN: u32 = 1 << 1;
             const FULLY_RANDOM: u32 = 1 << 4;
-            let port = |reg, port: &str| {
-                let port: u16 = port.parse().ok()?;
-                Some(expr(
-                    "immediate",
-                    &[be(1, reg), value(2, &port.to_be_bytes())],
-                ))
-            };
-            let how = [be(1, PORTS_GIVEN | FULLY_RANDOM), be(2, R0), be(3, R0 + 1)];
-            [port(R0, low)?, port(R0 + 1, high)?, expr("masq", &how)].concat()
+            let port = |p: &str| Some(nest![1 => &p.parse::<u16>().ok()?.to_be_bytes()[..]]);
+            vec![
+                expr!("immediate", 1 => R0, 2 => port(low)?),
+                expr!("immediate", 1 => R0 + 1, 2 => port(high)?),
+                expr!("masq", 1 => PORTS_GIVEN | FULLY_RANDOM, 2 => R0, 3 => R0 + 1),
+            ]
         }
-        ["masquerade"] => expr("masq", &[]),
+        ["masquerade"] => vec![expr!("masq")],
         // A prefix says which family's field is meant.
         [field, "=", prefix] if prefix.contains('/') => {
             let net: Net = prefix.parse().ok()?;
             let family = if net.width() == 32 { 4 } else { 6 };
-            [
-                key(&format!("{field}{family}/{}", net.len))?,
-                cmp(0, &net.octets()),
-            ]
-            .concat()
+            let masked = format!("{field}{family}/{}", net.len);
+            vec![key(&masked)?, cmp(0, &net.octets())]
         }
-        [field, op, n] => {
-            let op = ["=", "!=", "<", "<=", ">", ">="]
-                .iter()
-                .position(|o| *o == op)?;
-            let bytes = Field::parse(field)?.bytes(number(n)?);
-            [key(field)?, cmp(op as u32, &bytes)].concat()
+        [name, op, n] => {
+            let op = COMPARISONS.iter().position(|o| *o == op)? as u32;
+            vec![key(name)?, cmp(op, &held(number(n)?, field(name)?.3))]
         }
         _ => return None,
-    })
+    };
+    Some(parts.concat())
 }
 
 /// An element of a set or map; `data` is empty, [`mark_data`] or [`goto_data`].
 pub(crate) fn element(key: &[u8], data: &[u8]) -> Vec<u8> {
-    nest(1, &[value(1, key), data.to_vec()])
+    attrs![1 => Nest([attrs![1 => nest![1 => key]], data.to_vec()].concat())]
 }
 
 pub(crate) fn mark_data(mark: u32) -> Vec<u8> {
-    value(2, &mark.to_ne_bytes())
+    attrs![2 => nest![1 => mark.to_ne_bytes()]]
 }
 
 pub(crate) fn goto_data(chain: &str) -> Vec<u8> {
-    verdict_data(GOTO, chain)
+    attrs![2 => nest![2 => verdict(GOTO, chain)]]
 }
 
 /// Interval sets hold the first address of each range and, flagged, the one
@@ -378,48 +309,46 @@ impl Batch {
         k.filter.transact(self.bytes, &end)
     }
 
-    fn put(&mut self, op: u16, flags: libc::c_int, attrs: &[Vec<u8>]) {
-        let attrs = [&[text(TABLE, NAME)], attrs].concat();
-        self.bytes
-            .extend(message(SUBSYSTEM | op, flags, &INET, &attrs));
+    fn put(&mut self, op: u16, attrs: &[u8]) {
+        let adds = op != DEL_TABLE && op != DEL_ELEMENT;
+        let flags = if adds {
+            libc::NLM_F_CREATE | libc::NLM_F_APPEND
+        } else {
+            0
+        };
+        let attrs = [&attrs![TABLE => NAME], attrs].concat();
+        let message = message(SUBSYSTEM | op, flags, &INET, &attrs);
+        self.bytes.extend(message);
     }
 
     pub(crate) fn new_table(&mut self, comment: &str) {
         let len = u8::try_from(comment.len() + 1).unwrap_or_default();
         let data = [&[0, len], comment.as_bytes(), &[0]].concat();
-        self.put(NEW_TABLE, CREATE, &[be(2, 0), attr(USERDATA, &data)]);
+        self.put(NEW_TABLE, &attrs![2 => 0, USERDATA => &data[..]]);
     }
 
     pub(crate) fn delete_table(&mut self) {
-        self.put(DEL_TABLE, 0, &[]);
+        self.put(DEL_TABLE, &[]);
     }
 
-    pub(crate) fn add(&mut self, set: &str, elements: &[Vec<u8>]) {
-        self.elements(NEW_ELEMENT, CREATE, set, elements);
-    }
-
-    pub(crate) fn remove(&mut self, set: &str, elements: &[Vec<u8>]) {
-        self.elements(DEL_ELEMENT, 0, set, elements);
+    /// [`NEW_ELEMENT`] or [`DEL_ELEMENT`].
+    pub(crate) fn elements(&mut self, op: u16, set: &str, elements: &[Vec<u8>]) {
+        for some in elements.chunks(ELEMENTS) {
+            self.put(op, &attrs![2 => set, 3 => Nest(some.concat())]);
+        }
     }
 
     /// Removes every element.
     pub(crate) fn clear(&mut self, set: &str) {
-        self.put(DEL_ELEMENT, 0, &[text(2, set)]);
-    }
-
-    fn elements(&mut self, op: u16, flags: libc::c_int, set: &str, elements: &[Vec<u8>]) {
-        for some in elements.chunks(ELEMENTS) {
-            self.put(op, flags, &[text(2, set), nest(3, some)]);
-        }
+        self.put(DEL_ELEMENT, &attrs![2 => set]);
     }
 
     /// Adds what a text in the language says.
     pub(crate) fn compile(&mut self, text: &str) -> io::Result<()> {
         for line in text.lines().map(str::trim) {
             if !line.is_empty() && !line.starts_with("//") && self.statement(line).is_none() {
-                return Err(io::Error::other(format!(
-                    "no statement for the table: {line}"
-                )));
+                let why = format!("no statement for the table: {line}");
+                return Err(io::Error::other(why));
             }
         }
         Ok(())
@@ -428,58 +357,49 @@ impl Batch {
     fn statement(&mut self, line: &str) -> Option<()> {
         if let Some((chain, terms)) = line.split_once(": ") {
             let terms: Vec<_> = terms.split(", ").map(term).collect::<Option<_>>()?;
+            let rule = attrs![2 => chain, 4 => Nest(terms.concat())];
+            self.put(NEW_RULE, &rule);
             self.rules += 1;
-            let flags = CREATE | libc::NLM_F_APPEND;
-            self.put(NEW_RULE, flags, &[text(2, chain), nest(4, &terms)]);
             return Some(());
         }
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
             ["counters", ref names @ ..] => {
-                let zero = nest(4, &[attr(1, &[0; 8]), attr(2, &[0; 8])]);
-                for name in names {
-                    self.put(
-                        NEW_OBJECT,
-                        CREATE,
-                        &[text(2, name), be(3, COUNTER), zero.clone()],
-                    );
+                let zero = &[0; 8][..];
+                for &name in names {
+                    let counter = attrs![2 => name, 3 => COUNTER, 4 => nest![1 => zero, 2 => zero]];
+                    self.put(NEW_OBJECT, &counter);
                 }
             }
             ["timeouts", name, family, proto, ref seconds @ ..] => {
-                let states = (1..)
-                    .zip(seconds)
-                    .map(|(state, s)| Some(be(state, number(s)?)));
-                let states: Vec<_> = states.collect::<Option<_>>()?;
-                let family = attr(1, &family.parse::<u16>().ok()?.to_be_bytes());
-                let proto = attr(2, &[proto.parse().ok()?]);
-                let data = nest(4, &[family, proto, nest(3, &states)]);
-                self.put(NEW_OBJECT, CREATE, &[text(2, name), be(3, TIMEOUT), data]);
+                let state = |(state, s): (u16, &&str)| Some(attrs![state => number(s)?]);
+                let states: Vec<_> = (1..).zip(seconds).map(state).collect::<Option<_>>()?;
+                let family = &family.parse::<u16>().ok()?.to_be_bytes()[..];
+                let proto = &[proto.parse().ok()?][..];
+                let data = nest![1 => family, 2 => proto, 3 => Nest(states.concat())];
+                self.put(NEW_OBJECT, &attrs![2 => name, 3 => TIMEOUT, 4 => data]);
             }
             ["set", name, key, ref features @ ..] => self.set(name, key, features)?,
-            ["nets", set, ref nets @ ..] => {
-                let nets = nets.iter().map(|n| n.parse().ok()).collect::<Option<_>>()?;
-                let end = |last: bool| if last { be(3, 1) } else { Vec::new() };
-                let all = intervals(nets)
-                    .into_iter()
-                    .map(|(k, last)| element(&k, &end(last)));
-                self.add(set, &all.collect::<Vec<_>>());
+            ["elements", set, ref values @ ..] => {
+                let nets = values.iter().map(|v| v.parse().ok()).collect::<Option<_>>();
+                let number = |v: &&str| Some((vec![v.parse::<u8>().ok()?], false));
+                let numbers = || values.iter().map(number).collect::<Option<_>>();
+                let keys: Vec<_> = nets.map(intervals).or_else(numbers)?;
+                let last = |last: bool| if last { attrs![3 => 1] } else { Vec::new() };
+                let all = keys.iter().map(|(key, end)| element(key, &last(*end)));
+                self.elements(NEW_ELEMENT, set, &all.collect::<Vec<_>>());
             }
-            ["protocols", set, ref numbers @ ..] => {
-                let all = numbers
-                    .iter()
-                    .map(|n| Some(element(&[n.parse().ok()?], &[])));
-                self.add(set, &all.collect::<Option<Vec<_>>>()?);
+            ["chains", ref names @ ..] => {
+                for &name in names {
+                    self.put(NEW_CHAIN, &attrs![3 => name]);
+                }
             }
-            ["chain", name] => self.put(NEW_CHAIN, CREATE, &[text(3, name)]),
             ["chain", name, kind, hook, priority] => {
                 let hook = HOOKS.iter().position(|h| *h == hook)? as u32;
-                let priority: i32 = priority.parse().ok()?;
-                let place = nest(4, &[be(1, hook), be(2, priority.cast_unsigned())]);
-                self.put(
-                    NEW_CHAIN,
-                    CREATE,
-                    &[text(3, name), place, be(5, ACCEPT as u32), text(7, kind)],
-                );
+                let priority = priority.parse::<i32>().ok()?.cast_unsigned();
+                let place = nest![1 => hook, 2 => priority];
+                let chain = attrs![3 => name, 4 => place, 5 => ACCEPT.cast_unsigned(), 7 => kind];
+                self.put(NEW_CHAIN, &chain);
             }
             _ => return None,
         }
@@ -490,24 +410,23 @@ impl Batch {
         let of = |name: &str| TYPES.iter().find(|t| t.0 == name).map(|t| (t.1, t.2));
         let parts: Vec<_> = key.split('.').map(of).collect::<Option<_>>()?;
         let kind = parts.iter().fold(0, |all, part| all << 6 | part.0);
-        let len = parts.iter().map(|p| p.1).sum();
+        let len = parts.iter().map(|p| p.1).sum::<u32>();
         let (mut flags, mut rest) = (0, Vec::new());
-        self.sets += 1;
-        let id = be(10, self.sets);
         for feature in features {
             let (flag, attrs) = match *feature {
                 "interval" => (0x04, vec![]),
-                "verdict" => (0x08, vec![be(6, 0xffff_ff00)]),
-                "mark" => (0x08, vec![be(6, of("mark")?.0), be(7, 4)]),
-                "count" => (0x20, vec![nest(9, &[be(1, 65_535)])]),
-                "counter" => (0, vec![nest(17, &[text(1, "counter"), nest(2, &[])])]),
+                "verdict" => (0x08, attrs![6 => 0xffff_ff00]),
+                "mark" => (0x08, attrs![6 => of("mark")?.0, 7 => 4]),
+                "count" => (0x20, attrs![9 => nest![1 => 65_535]]),
+                "counter" => (0, attrs![17 => nest![1 => "counter", 2 => nest![]]]),
                 _ => return None,
             };
             flags |= flag;
             rest.extend(attrs);
         }
-        let attrs = [text(2, name), be(3, flags), be(4, kind), be(5, len), id];
-        self.put(NEW_SET, CREATE, &[&attrs, &rest[..]].concat());
+        self.sets += 1;
+        let attrs = attrs![2 => name, 3 => flags, 4 => kind, 5 => len, 10 => self.sets];
+        self.put(NEW_SET, &[attrs, rest].concat());
         Some(())
     }
 }
@@ -515,7 +434,7 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::netlink::{attr_of, attrs, messages, text_of};
+    use crate::kernel::netlink::{attr_of, attributes, messages, text_of};
 
     #[test]
     fn a_rule_becomes_its_expressions() {
@@ -531,7 +450,7 @@ mod tests {
         let rule = &all[2].body[4..];
         assert_eq!(attr_of(rule, TABLE), Some(&b"rvpn\0"[..]));
         let expressions = attr_of(rule, 4).unwrap();
-        let names: Vec<_> = attrs(expressions)
+        let names: Vec<_> = attributes(expressions)
             .map(|(_, e)| text_of(attr_of(e, 1).unwrap()))
             .collect();
         assert_eq!(names, ["meta", "cmp", "objref", "immediate"]);
@@ -550,8 +469,8 @@ mod tests {
             "chain c filter nowhere 0",
             "set s ipv5",
             "set s ipv4 verdikt",
-            "nets s 10.0.0.0",
-            "protocols s 256",
+            "elements s 10.0.0.0",
+            "elements s 256",
             "timeouts t 2 6 soon",
         ] {
             assert!(Batch::new().compile(bad).is_err(), "{bad}");

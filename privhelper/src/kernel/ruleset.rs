@@ -8,52 +8,45 @@
 use std::io;
 
 use super::Kernel;
-use super::netlink::{attr_of, text, text_of, unless};
-use super::nft::{self, Batch, element, goto_data, mark_data};
-use crate::config::{self, Class, Config};
+use super::netlink::{attr_of, text_of, unless};
+use super::nft::{self, Batch, DEL_ELEMENT, NEW_ELEMENT, element, goto_data, mark_data};
+use crate::config::{self, Config};
 use crate::plan::{self, Live};
 
 pub(crate) use super::nft::NAME;
 
 /// The table, in the language of [`super::nft`]. A line with a `$word` stands
 /// for as many as there are values: `$own` for each network we give addresses
-/// from, `$stream` for those of streams, `$class`, `$cap` and `$bits` for each
+/// from, `$stream` for those of streams, `$v`, `$family` and `$len` for each family, `$class`, `$cap` and `$bits` for each
 /// policy class, `$deny` and `$allow` for each entry of its lists.
 const TABLE: &str = "
     // Why packets are dropped.
     counters spoofed protocol options not_unicast to_host client_to_client special_purpose
     counters denied_port flow_cap invalid no_uplink unleased from_outside host_chatter
-    timeouts tcp4 2 6 $tcp
-    timeouts udp4 2 17 $udp
-    timeouts tcp6 10 6 $tcp
-    timeouts udp6 10 17 $udp
+    timeouts tcp$v $family 6 $tcp
+    timeouts udp$v $family 17 $udp
 
     // By device and prefix, which class a client is of; and what comes back to it.
-    set lease4 ifindex.ipv4 verdict counter
-    set lease6 ifindex.ipv6 verdict counter
-    set back4 ifindex.ipv4 counter
-    set back6 ifindex.ipv6 counter
+    set lease$v ifindex.ipv$v verdict counter
+    set back$v ifindex.ipv$v counter
     // Which flows are a device's: without the class, as a lease resumed in another keeps them.
     set owned ifindex.mark
     set marks ifindex mark
-    set stream4 ipv4 verdict counter
-    set stream6 ipv6 verdict counter
-    set stream_marks4 ipv4 mark
-    set stream_marks6 ipv6 mark
+    set stream$v ipv$v verdict counter
+    set stream_marks$v ipv$v mark
     set uplinks ifindex
-    set special4 ipv4 interval
-    set special6 ipv6 interval
+    set special$v ipv$v interval
     set protocols4 protocol
     set headers6 protocol
     set flows_$class mark count
 
-    nets special4 0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12
-    nets special4 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15
-    nets special4 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
+    elements special4 0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12
+    elements special4 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15
+    elements special4 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
     // What is not global unicast, and what inside it is not an internet host's.
-    nets special6 ::/3 2001::/23 2001:db8::/32 2002::/16 3fff::/20 4000::/2 8000::/1
-    protocols protocols4 1 6 17
-    protocols headers6 6 17 44 58
+    elements special6 ::/3 2001::/23 2001:db8::/32 2002::/16 3fff::/20 4000::/2 8000::/1
+    elements protocols4 1 6 17
+    elements headers6 6 17 44 58
 
     chain pre filter prerouting -310
     chain mark filter prerouting -150
@@ -63,12 +56,7 @@ const TABLE: &str = "
     chain stream_mark filter output -150
     chain out filter output 0
     chain post nat postrouting 100
-    chain from_client
-    chain everyone
-    chain new_flow
-    chain fwd_out
-    chain fwd_in
-    chain class_$class
+    chains from_client everyone new_flow fwd_out fwd_in class_$class
 
     // What no client may do, whatever its class.
     everyone: ip4, l4proto notin protocols4, drop protocol
@@ -85,8 +73,7 @@ const TABLE: &str = "
     class_$class: jump everyone
     class_$class: $deny, drop denied_port
     class_$class: daddr = $allow, accept
-    class_$class: daddr4 in special4, drop special_purpose
-    class_$class: daddr6 in special6, drop special_purpose
+    class_$class: daddr$v in special$v, drop special_purpose
     class_$class: accept
 
     pre: iifgroup = $group, goto from_client
@@ -94,25 +81,22 @@ const TABLE: &str = "
     pre: iif != 1, daddr = $own, drop from_outside
     // The lease's prefix holds the host's own address too. A stream's source is the host's by intent.
     from_client: saddrtype = 2, drop spoofed
-    from_client: iif.saddr4/24 vmap lease4
-    from_client: iif.saddr6/112 vmap lease6
+    // The kernel knows the IPv6 one as its own only a moment after it was set: it ends in zero.
+    from_client: shost6 = 0, drop spoofed
+    from_client: iif.saddr$v/$len vmap lease$v
     from_client: drop spoofed
-    stream_pre: saddr4 vmap stream4
-    stream_pre: saddr6 vmap stream6
+    stream_pre: saddr$v vmap stream$v
     stream_pre: saddr = $stream, drop unleased
 
     // Marks a flow with its lease as it begins, counts it against the cap, gives it our timeouts.
     mark: iifgroup = $group, ctstate&8 != 0, iif marks marks, goto new_flow
     // A packet that met its lease in the first chain may find it gone in this one.
     mark: iifgroup = $group, ctstate&8 != 0, drop unleased
-    stream_mark: ctstate&8 != 0, saddr4 marks stream_marks4, goto new_flow
-    stream_mark: ctstate&8 != 0, saddr6 marks stream_marks6, goto new_flow
+    stream_mark: ctstate&8 != 0, saddr$v marks stream_marks$v, goto new_flow
     stream_mark: ctstate&8 != 0, saddr = $stream, drop unleased
     new_flow: ctmark&0xff0000 = $bits, ctmark counts flows_$class over $cap, drop flow_cap
-    new_flow: ip4, tcp, timeout tcp4
-    new_flow: ip4, udp, timeout udp4
-    new_flow: ip6, tcp, timeout tcp6
-    new_flow: ip6, udp, timeout udp6
+    new_flow: ip$v, tcp, timeout tcp$v
+    new_flow: ip$v, udp, timeout udp$v
 
     fwd: iifgroup = $group, goto fwd_out
     fwd: oifgroup = $group, goto fwd_in
@@ -127,8 +111,7 @@ const TABLE: &str = "
     fwd_in: iif notin uplinks, drop no_uplink
     fwd_in: ctstate&1 != 0, drop invalid
     fwd_in: clamp-segments
-    fwd_in: oif.ctmark&0xff00ffff in owned, ctstate&6 != 0, oif.daddr4/24 in back4, accept
-    fwd_in: oif.ctmark&0xff00ffff in owned, ctstate&6 != 0, oif.daddr6/112 in back6, accept
+    fwd_in: oif.ctmark&0xff00ffff in owned, ctstate&6 != 0, oif.daddr$v/$len in back$v, accept
     fwd_in: drop unleased
 
     // The host itself: clients cannot talk to it, and it tells them of errors alone.
@@ -149,121 +132,108 @@ const TABLE: &str = "
 ";
 
 /// The sets whose elements are leases.
-const LEASES: [&str; 10] = [
-    "lease4",
-    "lease6",
-    "back4",
-    "back6",
-    "marks",
-    "owned",
-    "stream4",
-    "stream6",
-    "stream_marks4",
-    "stream_marks6",
-];
+const LEASES: &str =
+    "lease4 lease6 back4 back6 marks owned stream4 stream6 stream_marks4 stream_marks6";
 
-/// Each line that holds the word, once for each value.
-fn expand(lines: Vec<String>, word: &str, values: &[String]) -> Vec<String> {
-    let each = |line: String| match line.contains(word) {
-        true => values.iter().map(|v| line.replace(word, v)).collect(),
-        false => vec![line],
+/// Each line that holds the first of the words, once for each row of what to put for them.
+fn expand(lines: &[String], words: &[&str], rows: &[Vec<String>]) -> Vec<String> {
+    let fill = |line: &str, row: &Vec<String>| {
+        let pairs = words.iter().zip(row);
+        pairs.fold(line.to_owned(), |line, (word, text)| {
+            line.replace(word, text)
+        })
     };
-    lines.into_iter().flat_map(each).collect()
+    let each = |line: &String| match line.contains(words[0]) {
+        true => rows.iter().map(|row| fill(line, row)).collect(),
+        false => vec![line.clone()],
+    };
+    lines.iter().flat_map(each).collect()
 }
 
 /// The table's text for this configuration.
 fn table(c: &Config) -> String {
-    let texts = |values: &[&dyn ToString]| values.iter().map(|v| v.to_string()).collect::<Vec<_>>();
-    let (short, [a, b, d, e]) = (c.tcp_transitory, c.own_nets());
+    let (short, own) = (c.tcp_transitory, c.own_nets().map(|n| vec![n.to_string()]));
+    let number = |n: u32| vec![n.to_string()];
     // The states in the kernel's order: SYN sent and received, established, then the closing ones.
-    let tcp = format!(
-        "{short} {short} {}{}",
-        c.tcp_established,
-        format!(" {short}").repeat(8)
-    );
+    let closing = format!(" {short}").repeat(8);
+    let tcp = format!("{short} {short} {}{closing}", c.tcp_established);
     let udp = format!("{} {}", c.udp, c.udp_replied);
-    let ports = format!("{} {}", c.nat_low, c.nat_high);
-    let mut lines: Vec<String> = TABLE.lines().map(str::to_owned).collect();
-    for (word, values) in [
-        ("$tcp", texts(&[&tcp])),
-        ("$udp", texts(&[&udp])),
-        ("$group", texts(&[&c.link_group])),
-        ("$ports", texts(&[&ports])),
-        ("$own", texts(&[&a, &b, &d, &e])),
-        ("$stream", texts(&[&d, &e])),
-        ("$error4", texts(&[&3, &11, &12])),
-        ("$error6", texts(&[&1, &2, &3, &4])),
-    ] {
-        lines = expand(lines, word, &values);
+    let ports = format!("{} {}", c.nat.0, c.nat.1);
+    let families = [("4", "2", "24"), ("6", "10", "112")];
+    let families = families.map(|(v, number, len)| [v, number, len].map(str::to_owned).to_vec());
+    let (mut deny, mut allow, mut classes) = (Vec::new(), Vec::new(), Vec::new());
+    for k in &c.classes {
+        let class = k.number.to_string();
+        for p in &k.deny_ports {
+            let ports = format!("{}, dport >= {}, dport <= {}", p.proto, p.low, p.high);
+            deny.push(vec![ports, class.clone()]);
+        }
+        let nets = k.allow.iter().map(|n| vec![n.to_string(), class.clone()]);
+        allow.extend(nets);
+        let bits = u32::from(k.number) << plan::MARK_CLASS_SHIFT;
+        classes.push(vec![class, k.flow_cap.to_string(), bits.to_string()]);
     }
-    let each = |line: String| match line.contains("$class") {
-        true => c
-            .classes
-            .iter()
-            .flat_map(|class| of_class(&line, class))
-            .collect(),
-        false => vec![line],
-    };
-    lines
-        .into_iter()
-        .flat_map(each)
-        .collect::<Vec<_>>()
-        .join("\n")
-}
-
-fn of_class(line: &str, class: &Class) -> Vec<String> {
-    let bits = u32::from(class.number) << plan::MARK_CLASS_SHIFT;
-    let line = line.replace("$class", &class.number.to_string());
-    let line = line.replace("$cap", &class.flow_cap.to_string());
-    let line = line.replace("$bits", &bits.to_string());
-    let ports =
-        |p: &config::DeniedPorts| format!("{}, dport >= {}, dport <= {}", p.proto, p.low, p.high);
-    let deny: Vec<_> = class.deny_ports.iter().map(ports).collect();
-    let allow: Vec<_> = class.allow.iter().map(ToString::to_string).collect();
-    expand(expand(vec![line], "$deny", &deny), "$allow", &allow)
+    let mut lines: Vec<String> = TABLE.lines().map(str::to_owned).collect();
+    for (words, rows) in [
+        (&["$tcp"][..], &[vec![tcp]][..]),
+        (&["$udp"], &[vec![udp]]),
+        (&["$group"], &[number(c.link_group)]),
+        (&["$ports"], &[vec![ports]]),
+        (&["$v", "$family", "$len"], &families),
+        (&["$own"], &own),
+        (&["$stream"], &own[2..]),
+        (&["$error4"], &[3, 11, 12].map(number)),
+        (&["$error6"], &[1, 2, 3, 4].map(number)),
+        (&["$deny", "$class"], &deny),
+        (&["$allow", "$class"], &allow),
+        (&["$class", "$cap", "$bits"], &classes),
+    ] {
+        lines = expand(&lines, words, rows);
+    }
+    lines.join("\n")
 }
 
 /// The elements of a lease, each with its set.
 fn elements(c: &Config, l: &Live) -> Vec<(&'static str, Vec<u8>)> {
-    let class = l.lease.class;
-    let [v4, v6] =
-        plan::prefixes(c, l.slot).map(|n| [&l.index.to_ne_bytes(), &n.octets()[..]].concat());
+    let (at, class) = (l.index.to_ne_bytes(), l.lease.class);
+    let [v4, v6] = plan::prefixes(c, l.slot).map(|n| [&at, &n.octets()[..]].concat());
     let [s4, s6] = plan::streams(c, l.slot).map(|n| n.octets());
-    let owner = [l.index.to_ne_bytes(), plan::mark(l.slot, 0).to_ne_bytes()].concat();
-    let (mark, goto) = (
-        mark_data(plan::mark(l.slot, class)),
-        goto_data(&format!("class_{class}")),
-    );
-    let mut all = vec![
-        ("lease4", element(&v4, &goto)),
-        ("lease6", element(&v6, &goto)),
-        ("back4", element(&v4, &[])),
-        ("back6", element(&v6, &[])),
-        ("marks", element(&l.index.to_ne_bytes(), &mark)),
-        ("owned", element(&owner, &[])),
+    let owner = [at, plan::mark(l.slot, 0).to_ne_bytes()].concat();
+    let mark = mark_data(plan::mark(l.slot, class));
+    let goto = goto_data(&format!("class_{class}"));
+    let rows = [
+        ("lease4", &v4[..], &goto[..]),
+        ("lease6", &v6, &goto),
+        ("back4", &v4, &[]),
+        ("back6", &v6, &[]),
+        ("marks", &at, &mark),
+        ("owned", &owner, &[]),
+        ("stream4", &s4, &goto),
+        ("stream6", &s6, &goto),
+        ("stream_marks4", &s4, &mark),
+        ("stream_marks6", &s6, &mark),
     ];
-    if l.lease.kind.has_streams() {
-        all.extend([
-            ("stream4", element(&s4, &goto)),
-            ("stream6", element(&s6, &goto)),
-            ("stream_marks4", element(&s4, &mark)),
-            ("stream_marks6", element(&s6, &mark)),
-        ]);
-    }
-    all
+    let streams = l.lease.kind.has_streams();
+    let wanted = rows
+        .into_iter()
+        .filter(|row| streams || !row.0.starts_with("stream"));
+    wanted
+        .map(|(set, key, data)| (set, element(key, data)))
+        .collect()
 }
 
 /// The elements of all leases, set by set.
 fn by_set(c: &Config, leases: &[Live]) -> Vec<(&'static str, Vec<Vec<u8>>)> {
     let all: Vec<_> = leases.iter().flat_map(|l| elements(c, l)).collect();
     let of = |set| all.iter().filter(move |e| e.0 == set).map(|e| e.1.clone());
-    LEASES.iter().map(|&set| (set, of(set).collect())).collect()
+    let sets = LEASES.split(' ');
+    sets.map(|set| (set, of(set).collect())).collect()
 }
 
 pub(crate) fn add_lease(k: &mut Kernel, lease: Live) -> io::Result<()> {
     let mut batch = Batch::new();
     for (set, elements) in by_set(&k.config, &[lease]) {
-        batch.add(set, &elements);
+        batch.elements(NEW_ELEMENT, set, &elements);
     }
     batch.run(k)
 }
@@ -272,18 +242,16 @@ pub(crate) fn add_lease(k: &mut Kernel, lease: Live) -> io::Result<()> {
 pub(crate) fn remove_lease(k: &mut Kernel, lease: Live) -> io::Result<()> {
     let mut batch = Batch::new();
     for (set, elements) in by_set(&k.config, &[lease]) {
-        batch.remove(set, &elements);
+        batch.elements(DEL_ELEMENT, set, &elements);
     }
     unless(libc::ENOENT, batch.run(k))
 }
 
 fn put_uplinks(batch: &mut Batch, uplinks: &[u32]) {
-    let all: Vec<_> = uplinks
-        .iter()
-        .map(|i| element(&i.to_ne_bytes(), &[]))
-        .collect();
+    let one = |i: &u32| element(&i.to_ne_bytes(), &[]);
+    let all: Vec<_> = uplinks.iter().map(one).collect();
     batch.clear("uplinks");
-    batch.add("uplinks", &all);
+    batch.elements(NEW_ELEMENT, "uplinks", &all);
 }
 
 pub(crate) fn set_uplinks(k: &mut Kernel, uplinks: &[u32]) -> io::Result<()> {
@@ -302,10 +270,9 @@ pub(crate) fn remove(k: &mut Kernel) -> io::Result<()> {
 
 /// How many rules the table holds; zero when it is gone.
 pub(crate) fn rules_present(k: &mut Kernel) -> io::Result<usize> {
-    let (kind, ours) = (nft::SUBSYSTEM | nft::GET_RULE, [text(nft::TABLE, NAME)]);
-    let rules = k
-        .filter
-        .dump(kind, &nft::INET, &ours, |_, found| found.push(()));
+    let (kind, ours) = (nft::SUBSYSTEM | nft::GET_RULE, attrs![nft::TABLE => NAME]);
+    let count = |_: &[u8], found: &mut Vec<()>| found.push(());
+    let rules = k.filter.dump(kind, &nft::INET, &ours, count);
     rules.map(|r| r.len())
 }
 
@@ -336,7 +303,7 @@ pub(crate) fn ensure(k: &mut Kernel, uplinks: &[u32], leases: &[Live]) -> io::Re
     put_uplinks(&mut batch, uplinks);
     for (set, elements) in by_set(&k.config, leases) {
         batch.clear(set);
-        batch.add(set, &elements);
+        batch.elements(NEW_ELEMENT, set, &elements);
     }
     batch.run(k)?;
     Ok(whole.rules)
@@ -361,7 +328,7 @@ fn build(c: &Config, uplinks: &[u32], leases: &[Live]) -> io::Result<Batch> {
     batch.compile(&text)?;
     put_uplinks(&mut batch, uplinks);
     for (set, elements) in by_set(c, leases) {
-        batch.add(set, &elements);
+        batch.elements(NEW_ELEMENT, set, &elements);
     }
     Ok(batch)
 }

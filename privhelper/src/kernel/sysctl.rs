@@ -58,10 +58,8 @@ impl Journal {
         let text = if_there(fs::read_to_string(&path))?.unwrap_or_default();
         let words = |l: &str| l.splitn(3, ' ').map(str::to_owned).collect::<Vec<_>>();
         let lines = text.lines().filter_map(|l| words(l).try_into().ok());
-        Ok(Journal {
-            lines: lines.collect(),
-            path,
-        })
+        let lines = lines.collect();
+        Ok(Journal { path, lines })
     }
 
     /// Raises a sysctl, remembering what it was; false when this kernel has none of that name.

@@ -33,10 +33,8 @@ impl Tun {
     /// somebody holds a descriptor of it.
     pub(crate) fn attach(name: &str) -> io::Result<Tun> {
         let mut options = OpenOptions::new();
-        options
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK);
+        options.read(true).write(true);
+        options.custom_flags(libc::O_NONBLOCK);
         let tun = Tun(options.open(DEVICE)?);
         tun.exchange(SET_IFF, name)?;
         Ok(tun)

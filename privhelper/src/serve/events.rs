@@ -57,8 +57,9 @@ impl Server {
                     return;
                 };
                 let gone = m.kind == libc::RTM_DELLINK;
-                match plan::slot_of(&l.name).filter(|&slot| pool.index(slot) == l.index) {
-                    Some(slot) if gone || !apply::is_sound(config, &l) => {
+                let ill = gone || !apply::is_sound(config, &l);
+                match plan::slot_of(&l.name) {
+                    Some(slot) if ill && pool.index(slot) == l.index => {
                         doubts.slots.insert(slot);
                     }
                     None if !config.uplink.is_empty() => doubts.uplinks = soon,
@@ -95,7 +96,7 @@ impl Server {
     /// What cannot be settled now is looked at again, all of it.
     pub(super) fn settle_doubts(&mut self) {
         if let Err(e) = self.try_settle() {
-            say!(3, "the kernel could not be asked, trying again: {e}");
+            say!(error: "the kernel could not be asked, trying again: {e}");
             self.doubts.all();
         }
     }
@@ -115,9 +116,9 @@ impl Server {
         if std::mem::take(&mut self.doubts.everything) || doubted.len() > MANY {
             self.look_at_all()?;
         } else {
-            doubted
-                .into_iter()
-                .try_for_each(|slot| self.look_at(slot))?;
+            for slot in doubted {
+                self.look_at(slot)?;
+            }
         }
         if self.doubts.uplinks.is_some_and(|t| t <= now) {
             self.doubts.uplinks = None;
@@ -145,9 +146,8 @@ impl Server {
         let ill = |&(slot, index): &(Slot, u32)| {
             let [v4, v6] = plan::hosts(&self.config, slot);
             let open = self.pool.lease(slot).is_some();
-            let addressed =
-                addresses.contains(&(index, v4)) && (!open || addresses.contains(&(index, v6)));
-            !addressed || sound.get(&index) != Some(&true)
+            let has = |net| addresses.contains(&(index, net));
+            !has(v4) || open && !has(v6) || sound.get(&index) != Some(&true)
         };
         let ill: Vec<_> = self.pool.devices().filter(ill).collect();
         ill.into_iter().try_for_each(|(slot, _)| self.lose(slot))
@@ -164,21 +164,18 @@ impl Server {
 
     /// Nothing is forwarded until the table is back.
     fn restore_rules(&mut self) {
-        say!(
-            3,
-            "the table inet rvpn was changed or removed by somebody else: closing the way out and restoring it"
-        );
+        say!(error: "the table inet rvpn was changed or removed by somebody else: closing the way out and restoring it");
         self.peers.tell_all(&Reply::notice(Status::RulesLost, 0, 0));
         match apply::restore_rules(&mut self.kernel, &self.uplinks, &self.pool.live()) {
             Ok(rules) => {
                 self.rules = rules;
                 self.doubts.retry = None;
-                say!(5, "the table inet rvpn is back");
+                say!(notice: "the table inet rvpn is back");
                 let notice = Reply::notice(Status::RulesRestored, 0, 0);
                 self.peers.tell_all(&notice);
             }
             Err(e) => {
-                say!(3, "the table could not be restored, trying again: {e}");
+                say!(error: "the table could not be restored, trying again: {e}");
                 self.doubts.retry = Some(Instant::now() + RETRY);
             }
         }
@@ -192,15 +189,11 @@ impl Server {
         }
         match ruleset::set_uplinks(k, &uplinks).and_then(|()| apply::open_uplinks(k, &uplinks)) {
             Ok(()) => {
-                say!(
-                    5,
-                    "client traffic now leaves by {} uplink(s)",
-                    uplinks.len()
-                );
+                say!(notice: "client traffic now leaves by {} uplink(s)", uplinks.len());
                 self.uplinks = uplinks;
             }
             Err(e) => {
-                say!(3, "the uplinks could not be followed, trying again: {e}");
+                say!(error: "the uplinks could not be followed, trying again: {e}");
                 self.doubts.uplinks = Some(Instant::now() + RETRY);
             }
         }

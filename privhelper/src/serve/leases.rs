@@ -33,11 +33,9 @@ fn milliseconds(d: Duration) -> u32 {
 }
 
 fn refused(r: &Request, status: Status, after: Duration) -> Reply {
-    let retry_after_ms = milliseconds(after);
-    Reply {
-        retry_after_ms,
-        ..Reply::to(r, status)
-    }
+    let mut reply = Reply::to(r, status);
+    reply.retry_after_ms = milliseconds(after);
+    reply
 }
 
 impl Server {
@@ -113,8 +111,8 @@ impl Server {
         let (c, config) = (self.pool.counts(), &self.config);
         Reply {
             mtu: config.mtu,
-            nat_low: config.nat_low,
-            nat_high: config.nat_high,
+            nat_low: config.nat.0,
+            nat_high: config.nat.1,
             offload: if config.offload { tun::OFFLOAD } else { 0 },
             v4: config.pool4.v4(),
             v6: config.pool6.v6(),
@@ -146,8 +144,8 @@ impl Server {
 
     fn acquire(&mut self, id: Holder, r: &Request) -> io::Result<()> {
         if !self.config.classes.iter().any(|c| c.number == r.class) {
-            self.peers
-                .send(id, &Reply::to(r, Status::UnknownClass), None);
+            let unknown = Reply::to(r, Status::UnknownClass);
+            self.peers.send(id, &unknown, None);
             return Ok(());
         }
         if let Acquired::Held(slot, generation, holder) = self.pool.find(r.key) {
@@ -165,9 +163,10 @@ impl Server {
         match answer {
             Some((reply, fd)) => self.peers.send(id, &reply, fd),
             None if self.pending.len() < WAITING => {
+                let (holder, request) = (id, *r);
                 self.pending.push(Pending {
-                    holder: id,
-                    request: *r,
+                    holder,
+                    request,
                     until,
                 });
             }
@@ -209,21 +208,15 @@ impl Server {
             };
             match self.open(id, slot, wanted, resumed, force) {
                 Ok((fd, offload)) => {
-                    let flags = if resumed { FLAG_RESUMED } else { 0 };
-                    let reply = self.with_lease(Reply::to(r, Status::Ok), slot);
+                    let mut reply = self.with_lease(Reply::to(r, Status::Ok), slot);
+                    reply.flags = if resumed { FLAG_RESUMED } else { 0 };
+                    reply.offload = offload;
                     let fd = kind.has_tun().then_some(fd);
-                    return Ok(Some((
-                        Reply {
-                            flags,
-                            offload,
-                            ..reply
-                        },
-                        fd,
-                    )));
+                    return Ok(Some((reply, fd)));
                 }
                 Err(e) if resumed && e.raw_os_error() == Some(libc::EBUSY) => return Ok(None),
                 Err(e) => {
-                    say!(3, "{} cannot be leased: {e}", plan::device_name(slot));
+                    say!(error: "{} cannot be leased: {e}", plan::device_name(slot));
                     self.lose(slot)?;
                 }
             }

@@ -43,8 +43,7 @@ pub(crate) struct Peers {
 impl Peer {
     fn send(&mut self, reply: &Reply, fd: Option<OwnedFd>) {
         if self.out.len() >= UNREAD {
-            self.closed = true;
-            return;
+            return self.closed = true;
         }
         self.out.push_back((reply.encode(), fd));
         self.flush();
@@ -64,10 +63,7 @@ impl Peer {
                     return;
                 }
                 Err(e) if e.kind() == Interrupted => {}
-                Err(_) => {
-                    self.closed = true;
-                    return;
-                }
+                Err(_) => return self.closed = true,
             }
         }
     }
@@ -97,32 +93,23 @@ impl Peer {
 
 impl Peers {
     pub(crate) fn new(gateway: u32) -> Peers {
-        Peers {
-            gateway,
-            ..Peers::default()
-        }
+        let none = Peers::default();
+        Peers { gateway, ..none }
     }
 
     /// Takes one connection, and keeps it if it is the gateway's. Nothing is read before that is known.
     pub(crate) fn accept(&mut self, listener: BorrowedFd<'_>, now: Instant) {
-        let Ok(socket) = seqpacket::accept(listener) else {
-            return;
-        };
-        let cred = match seqpacket::peer_cred(socket.as_fd()) {
-            Ok(cred) => cred,
-            Err(e) => return self.complain(now, &e.to_string()),
-        };
+        let found = seqpacket::accept(listener);
+        let found = found.and_then(|s| Ok((seqpacket::peer_cred(s.as_fd())?, s)));
+        let Ok((cred, socket)) = found else { return };
         let (uid, gateway) = (cred.uid, self.gateway);
         if uid != gateway {
-            let why =
-                format!("a connection of uid {uid}, only the gateway's uid {gateway} is served");
-            return self.complain(now, &why);
+            let who = format!("uid {uid}, only the gateway's uid {gateway} is served");
+            return self.complain(now, &format!("a connection of {who}"));
         }
         if self.all.len() >= MOST {
-            return self.complain(
-                now,
-                "more connections than a gateway and its successor need",
-            );
+            let why = "more connections than a gateway and its successor need";
+            return self.complain(now, why);
         }
         self.last += 1;
         let process = seqpacket::peer_pidfd(socket.as_fd());
@@ -147,7 +134,7 @@ impl Peers {
             0 => String::new(),
             unsaid => format!(" (and {unsaid} more like it)"),
         };
-        say!(4, "closed a connection: {why}{more}");
+        say!(warning: "closed a connection: {why}{more}");
         self.complained = Some(now);
     }
 

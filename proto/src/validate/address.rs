@@ -12,11 +12,6 @@ pub(super) fn is_host_v4(address: [u8; 4]) -> bool {
     }
 }
 
-/// Whether a single host can have this address, if only for itself.
-pub(super) fn is_somebody_v4(address: [u8; 4]) -> bool {
-    !matches!(address, [0 | 224.., ..])
-}
-
 /// Whether a single host elsewhere can have this address.
 pub(super) fn is_host_v6(address: [u8; 16]) -> bool {
     match address {
