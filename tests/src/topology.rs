@@ -161,6 +161,21 @@ impl Lab {
 }
 
 impl Lab {
+    /// Makes the wire no more than one: with `br_netfilter` loaded, a bridge
+    /// passes every packet by the rules of its host, which costs time.
+    pub fn bare_wire(&self) {
+        for family in ["ip", "ip6", "arp"] {
+            let name = format!("net/bridge/bridge-nf-call-{family}tables");
+            // Not there when that module is not.
+            if self
+                .wire
+                .run(|| fs::exists(format!("/proc/sys/{name}")).is_ok_and(|there| there))
+            {
+                self.wire.sysctl(&name, "0");
+            }
+        }
+    }
+
     /// Takes a client's cable away, with its addresses and routes.
     pub fn unplug(&self, client: &Ns) {
         client.ip("link del wan0");

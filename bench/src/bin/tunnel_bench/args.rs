@@ -1,0 +1,97 @@
+//! What is asked for.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub(crate) const USAGE: &str = "\
+usage: tunnel_bench [--quick] [--rounds N] [--seconds S] [--peers NAME,...|none]
+                    [--idle N,...|0] [--limit S] [--json FILE] [--markdown FILE]
+  --quick     one short round and 100 idle clients, to see that it works
+  --rounds    rounds, each measuring everything once (5)
+  --seconds   counted for each TCP figure (1)
+  --peers     openvpn, ocserv, wireguard-go, stunnel (all that are installed)
+  --idle      connected clients for the figures of idle ones (1000)
+  --limit     ends the rounds after so many seconds (3600)";
+
+/// How much is measured, and where it goes.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) quick: bool,
+    pub(crate) rounds: u32,
+    pub(crate) warm: Duration,
+    pub(crate) count: Duration,
+    /// For round trips without load.
+    pub(crate) idle: Duration,
+    /// One attempt at a rate of datagrams.
+    pub(crate) trial: Duration,
+    /// `None` is whichever are installed.
+    pub(crate) peers: Option<Vec<String>>,
+    pub(crate) clients: Vec<usize>,
+    pub(crate) limit: Duration,
+    pub(crate) json: Option<PathBuf>,
+    pub(crate) markdown: Option<PathBuf>,
+}
+
+const PEERS: [&str; 4] = ["openvpn", "ocserv", "wireguard-go", "stunnel"];
+
+impl Plan {
+    pub(crate) fn new(given: impl Iterator<Item = String>) -> Result<Plan, String> {
+        let words: Vec<String> = given.collect();
+        let quick = words.iter().any(|w| w == "--quick");
+        let mut plan = Plan {
+            quick,
+            rounds: if quick { 1 } else { 5 },
+            warm: Duration::from_millis(if quick { 100 } else { 250 }),
+            count: Duration::from_millis(if quick { 300 } else { 1000 }),
+            idle: Duration::from_millis(if quick { 300 } else { 1000 }),
+            trial: Duration::from_millis(if quick { 60 } else { 150 }),
+            peers: None,
+            clients: vec![if quick { 100 } else { 1000 }],
+            limit: Duration::from_secs(if quick { 75 } else { 3600 }),
+            json: None,
+            markdown: None,
+        };
+        let mut words = words.into_iter().filter(|w| w != "--quick");
+        while let Some(word) = words.next() {
+            let value = words
+                .next()
+                .ok_or_else(|| format!("{word} needs a value"))?;
+            let number = |most: u64| match value.parse::<u64>() {
+                Ok(n) if (1..=most).contains(&n) => Ok(n),
+                _ => Err(format!("{word} '{value}': give a number from 1 to {most}")),
+            };
+            match word.as_str() {
+                "--rounds" => plan.rounds = number(100)? as u32,
+                "--seconds" => plan.count = Duration::from_secs(number(60)?),
+                "--limit" => plan.limit = Duration::from_secs(number(86_400)?),
+                "--peers" => plan.peers = Some(peers(&value)?),
+                "--idle" => plan.clients = clients(&value)?,
+                "--json" => plan.json = Some(value.into()),
+                "--markdown" => plan.markdown = Some(value.into()),
+                _ => return Err(format!("'{word}' is not an option")),
+            }
+        }
+        Ok(plan)
+    }
+}
+
+fn peers(value: &str) -> Result<Vec<String>, String> {
+    if value == "none" {
+        return Ok(Vec::new());
+    }
+    let names: Vec<String> = value.split(',').map(str::to_owned).collect();
+    match names.iter().find(|n| !PEERS.contains(&n.as_str())) {
+        None => Ok(names),
+        Some(other) => Err(format!(
+            "'{other}' is no peer: there are {}",
+            PEERS.join(", ")
+        )),
+    }
+}
+
+fn clients(value: &str) -> Result<Vec<usize>, String> {
+    let parse = |n: &str| n.parse().ok().filter(|n| *n <= 10_000);
+    let all: Option<Vec<usize>> = value.split(',').map(parse).collect();
+    let all = all.ok_or_else(|| format!("--idle '{value}': give numbers up to 10000"))?;
+    Ok(all.into_iter().filter(|n| *n > 0).collect())
+}

@@ -1,0 +1,227 @@
+//! The tables.
+
+use std::fmt::Write as _;
+
+use crate::Way;
+use crate::args::Plan;
+use crate::idle::Cost;
+use crate::machine::Machine;
+use crate::measure::{SIZES, STREAMS};
+use crate::results::{Middle, Results};
+use crate::road::Kind;
+use crate::targets;
+
+/// Everything of one run.
+pub(crate) struct Report<'a> {
+    pub(crate) machine: &'a Machine,
+    pub(crate) plan: &'a Plan,
+    pub(crate) command: String,
+    pub(crate) kinds: Vec<Kind>,
+    pub(crate) results: &'a Results,
+    pub(crate) idle: &'a [Cost],
+}
+
+/// Median and spread, or a dash.
+fn cell(middle: Option<Middle>, digits: usize) -> String {
+    match middle {
+        None => "–".to_owned(),
+        Some(Middle {
+            median,
+            least,
+            most,
+        }) if least == most => {
+            format!("{median:.digits$}")
+        }
+        Some(Middle {
+            median,
+            least,
+            most,
+        }) => {
+            format!("{median:.digits$} ({least:.digits$}–{most:.digits$})")
+        }
+    }
+}
+
+fn streams() -> Vec<String> {
+    let of = |way: Way| STREAMS.map(|n| format!("{}.{n}", way.name()));
+    Way::BOTH.into_iter().flat_map(of).collect()
+}
+
+impl Report<'_> {
+    pub(crate) fn markdown(&self) -> String {
+        let mut text = String::new();
+        self.head(&mut text);
+        text += "\n## Targets\n\nAs the project set them for itself, for a quiet machine; a median and (spread) of the rounds.\n\n";
+        text += &targets::table(self.results, &self.kinds, self.idle);
+        self.tcp(&mut text);
+        self.cpu(&mut text);
+        self.udp(&mut text);
+        self.rtt(&mut text);
+        self.rest(&mut text);
+        if !self.results.notes.is_empty() {
+            text += "\n## Not measured or not complete\n\n";
+            for note in &self.results.notes {
+                let _ = writeln!(text, "* {note}");
+            }
+        }
+        text
+    }
+
+    fn head(&self, text: &mut String) {
+        let m = self.machine;
+        let _ = write!(
+            text,
+            "# Measured\n\n`{}`, {}. {} cores ({}), {}, kernel {}.\n\
+             Load average before the run: {:.2}.\n",
+            self.command, m.date, m.cores, m.processor, m.system, m.kernel, m.load
+        );
+        if m.load > 1.0 {
+            *text += "\n**The machine was not quiet: other programs took part of the cores, so these figures are lower and further apart than they should be. Read ratios only.**\n";
+        }
+        let _ = write!(
+            text,
+            "\nClient, gateway and far side are namespaces of this one machine on a bridge of veths with MTU 1500, so \
+             load generators, both ends and the kernel share its cores, and packets of 64 KiB cross the wires uncut. \
+             No loss, no delay. Rounds: {}, each measuring every way once; {} ms counted for each TCP figure, {} ms for each attempt at a \
+             rate of datagrams. Cells are medians with (least–most). All TCP inside the tunnels is cubic{}.\n\n",
+            self.plan.rounds,
+            self.plan.count.as_millis(),
+            self.plan.trial.as_millis(),
+            if self
+                .results
+                .notes
+                .iter()
+                .any(|n| n.contains("congestion control"))
+            {
+                ""
+            } else {
+                ", and that around them"
+            }
+        );
+        *text += "| way | what | version |\n|---|---|---|\n";
+        for kind in &self.kinds {
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} |",
+                kind.name(),
+                kind.what(),
+                kind.version()
+            );
+        }
+    }
+
+    /// A table with a row for each way that has any of the values.
+    fn table(
+        &self,
+        text: &mut String,
+        columns: &[String],
+        value: impl Fn(Kind, &str) -> Option<Middle>,
+        digits: usize,
+    ) {
+        let _ = writeln!(text, "| | {} |", columns.join(" | ").replace('.', " "));
+        let _ = writeln!(text, "|---|{}", "---|".repeat(columns.len()));
+        for kind in &self.kinds {
+            let values: Vec<_> = columns.iter().map(|c| value(*kind, c)).collect();
+            if values.iter().any(Option::is_some) {
+                let cells: Vec<_> = values.into_iter().map(|v| cell(v, digits)).collect();
+                let _ = writeln!(text, "| {} | {} |", kind.name(), cells.join(" | "));
+            }
+        }
+    }
+
+    fn tcp(&self, text: &mut String) {
+        let columns = streams();
+        *text += "\n## TCP, Gbit/s, by direction and streams\n\n";
+        let speed = |kind, c: &str| self.results.middle(kind, &format!("tcp.{c}"));
+        self.table(text, &columns, speed, 2);
+        *text += "\nIn terms of one raw TLS connection in the same direction and round:\n\n";
+        let ratio = |kind, c: &str| {
+            let way = c.split('.').next().unwrap_or_default();
+            let one = format!("tcp.{way}.1");
+            self.results
+                .ratio((kind, &format!("tcp.{c}")), (Kind::RawTls, &one))
+        };
+        self.table(text, &columns, ratio, 2);
+        *text += "\n`rvpn` in terms of each, the same streams and round:\n\n";
+        let ours = Kind::Ours { offload: true };
+        let times = |kind, c: &str| {
+            let measure = format!("tcp.{c}");
+            (kind != ours).then_some(())?;
+            self.results.ratio((ours, &measure), (kind, &measure))
+        };
+        self.table(text, &columns, times, 2);
+    }
+
+    fn cpu(&self, text: &mut String) {
+        *text += "\n## CPU of the gateway's program, seconds per 10^9 bytes\n\nKernel work in its own calls included; what the kernel does in interrupts is in nobody's figure.\n\n";
+        let cost = |kind, c: &str| self.results.middle(kind, &format!("cpu.{c}"));
+        self.table(text, &streams(), cost, 2);
+    }
+
+    fn udp(&self, text: &mut String) {
+        *text += "\n## UDP, thousand packets a second, at most 0.1 % lost and no queue left behind\n\nBy size with headers and direction. One sender and one receiver, a call for each packet.\n\n";
+        let columns: Vec<String> = SIZES
+            .into_iter()
+            .flat_map(|size| Way::BOTH.map(|way| format!("{size}.{}", way.name())))
+            .collect();
+        let rate = |kind, c: &str| {
+            let pps = self.results.middle(kind, &format!("udp.{c}"))?;
+            Some(Middle {
+                median: pps.median / 1e3,
+                least: pps.least / 1e3,
+                most: pps.most / 1e3,
+            })
+        };
+        self.table(text, &columns, rate, 0);
+    }
+
+    fn rtt(&self, text: &mut String) {
+        *text += "\n## Round trips, ms: median and 99th percentile of each round\n\nEcho requests every 5 ms, answered by the far kernel; loaded is with 10 TCP streams at full speed.\n\n";
+        let columns: Vec<String> = ["idle", "up", "down"]
+            .into_iter()
+            .flat_map(|load| ["p50", "p99"].map(|p| format!("{load}.{p}")))
+            .collect();
+        let value = |kind, c: &str| self.results.middle(kind, &format!("rtt.{c}"));
+        self.table(text, &columns, value, 2);
+        let mut lost = Vec::new();
+        for kind in &self.kinds {
+            for load in ["idle", "up", "down"] {
+                let sum = |what: &str| self.results.sum(*kind, &format!("rtt.{load}.{what}"));
+                if let (Some(gone @ 1.0..), Some(sent)) = (sum("lost"), sum("sent")) {
+                    lost.push(format!("{} {load} {gone} of {sent}", kind.name()));
+                }
+            }
+        }
+        let lost = if lost.is_empty() {
+            "none".to_owned()
+        } else {
+            lost.join(", ")
+        };
+        let _ = writeln!(text, "\nRequests without an answer: {lost}.");
+    }
+
+    fn rest(&self, text: &mut String) {
+        *text += "\n## Connecting, and memory\n\nFrom the start of the client's program to the first answer from the far side, ms; private memory of all the gateway's processes after the load, MiB.\n\n";
+        let columns = ["connect".to_owned(), "memory".to_owned()];
+        self.table(text, &columns, |kind, c| self.results.middle(kind, c), 1);
+        if self.idle.is_empty() {
+            return;
+        }
+        *text += "\nClients that are connected and quiet:\n\n\
+             | clients | gateway, KiB each | kernel, KiB a device | kernel, KiB a connection (both ends) | all connected, s | gateway CPU a login, ms | CPU of all while quiet |\n\
+             |---|---|---|---|---|---|---|\n";
+        for c in self.idle {
+            let _ = writeln!(
+                text,
+                "| {} | {:.1} | {:.1} | {:.1} | {:.1} | {:.2} | {:.1} % |",
+                c.clients,
+                c.user,
+                c.device,
+                c.connection,
+                c.connected.as_secs_f64(),
+                c.login,
+                c.quiet * 100.0
+            );
+        }
+    }
+}
