@@ -86,10 +86,13 @@ fn what(path: &Path) -> String {
     match fs::read_link(path) {
         Ok(to) => format!("link to {}", to.display()),
         Err(_) => match fs::read(path) {
-            Ok(content) => {
-                let mode = fs::metadata(path).expect("mode").permissions().mode();
-                format!("{mode:o} {}", String::from_utf8_lossy(&content))
-            }
+            Ok(content) => match fs::metadata(path) {
+                Ok(meta) => {
+                    let mode = meta.permissions().mode();
+                    format!("{mode:o} {}", String::from_utf8_lossy(&content))
+                }
+                Err(error) => format!("{:?}", error.kind()),
+            },
             Err(error) => format!("{:?}", error.kind()),
         },
     }

@@ -113,11 +113,12 @@ impl Net {
         Ok(())
     }
 
-    /// Ends that, where it is not meant to stay.
-    pub(crate) async fn open_up(&self, plan: &Plan, has_v6: bool) -> Outcome {
+    /// Ends that, where the tunnel leads again and nothing is to stay blocked.
+    pub(crate) async fn open_up(&self, plan: &Plan) -> Outcome {
         for family in &self.families {
-            let needed = plan.kill_switch || (*family == AddressFamily::Inet6 && !has_v6);
-            if !needed {
+            let ours = self.our_routes(*family).await?;
+            let leads = ours.iter().any(|r| r.header.kind == RouteType::Unicast);
+            if leads && !plan.kill_switch {
                 self.open_others(*family, &[]).await?;
             }
         }
@@ -414,10 +415,10 @@ impl Net {
 
     /// Removes a device, if it is there.
     pub(crate) async fn remove(&self, name: &str) -> Outcome {
-        if !Path::new("/sys/class/net").join(name).exists() && self.index(name).await.is_err() {
+        // It goes with whoever had it, at any moment.
+        let Ok(index) = self.index(name).await else {
             return Ok(());
-        }
-        let index = self.index(name).await?;
+        };
         match self.handle.link().del(index).execute().await {
             Err(error) if !is_gone(&error) => Err(error).while_doing(format_args!("remove {name}")),
             _ => Ok(()),

@@ -29,7 +29,7 @@ use crate::profile::{self, Address, Profile};
 use crate::reach;
 
 /// How often the other half may die in a row.
-const RESTARTS: u32 = 3;
+const RESTARTS: u32 = 8;
 /// How long it may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(3);
 /// Whether programs may bind to the tunnel's address.
@@ -406,7 +406,7 @@ impl Parent {
         self.net
             .attach(&self.plan, terms.mtu, terms.v4, terms.v6)
             .await?;
-        self.net.open_up(&self.plan, terms.v6.is_some()).await?;
+        self.net.open_up(&self.plan).await?;
         self.device = Some((fd, terms));
         self.capture().await?;
         let resolvers = plan::resolvers(&self.args, welcome);
