@@ -103,7 +103,9 @@ impl Socket {
             .max_frame_size(Some(limit));
         let inner = WebSocketStream::from_partially_read(
             stream,
-            read_ahead.into(),
+            // A copy of what there is, mostly nothing: converted, it would bring the
+            // request's whole buffer along, and the connection would keep it for life.
+            read_ahead.to_vec(),
             Role::Server,
             Some(config),
         )
