@@ -326,7 +326,7 @@ pub(crate) struct Invite {
     /// The helper's policy class
     #[arg(long, default_value_t = 0)]
     pub(crate) class: u8,
-    /// What the device connects to, HOST[:PORT] (default: the gateway's first name)
+    /// What the device connects to, HOST or HOST:PORT (default: the gateway's first name)
     #[arg(long, value_name = "HOST")]
     pub(crate) address: Option<String>,
     /// Also as a picture for a phone's camera

@@ -169,7 +169,8 @@ async fn steps(args: &Doctor, report: &mut Report, profile: &Profile) -> usize {
         return 2;
     };
     let connected = async {
-        let connector = tls::connector(&profile.trust)?;
+        let connector =
+            tls::connector(&profile.trust, tls::authorities(&profile.trust)?.as_deref())?;
         tls::handshake(&connector, &to, tcp).await
     };
     let secured = report.take("tls", connected.await, |io| {

@@ -93,7 +93,7 @@ pub(crate) async fn run(args: Join) -> Outcome {
     };
     let (private_key, public) = profile::new_key()?;
     let tcp = reach::connect(&invite.address).await?;
-    let io = tls::handshake(&tls::connector(&trust)?, &invite.address, tcp).await?;
+    let io = tls::handshake(&tls::connector(&trust, None)?, &invite.address, tcp).await?;
     let host = invite.address.authority();
     let body = json!({
         "code": invite.code,

@@ -35,7 +35,7 @@ pub(crate) struct Talk {
 pub(crate) async fn talk(profile: &Profile) -> Outcome<Talk> {
     let to = profile.address()?;
     let token = profile.token()?;
-    let connector = tls::connector(&profile.trust)?;
+    let connector = tls::connector(&profile.trust, tls::authorities(&profile.trust)?.as_deref())?;
     let tcp = reach::connect(&to).await?;
     let instance = profile::new_instance()?;
     let ask = Ask {

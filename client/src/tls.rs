@@ -22,6 +22,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use crate::fail::{Failure, Kind, Outcome, While as _};
+use crate::home::Owner;
 use crate::profile::{Address, Trust};
 use crate::text::{from_hex, to_hex};
 
@@ -46,7 +47,7 @@ pub(crate) fn pin(text: &str) -> Outcome<[u8; 32]> {
 }
 
 /// What makes TLS connections for one gateway.
-pub(crate) fn connector(trust: &Trust) -> Outcome<TlsConnector> {
+pub(crate) fn connector(trust: &Trust, authorities: Option<&str>) -> Outcome<TlsConnector> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
@@ -61,30 +62,44 @@ pub(crate) fn connector(trust: &Trust) -> Outcome<TlsConnector> {
                 .dangerous()
                 .with_custom_certificate_verifier(Arc::new(pinned))
         }
-        None => builder.with_root_certificates(roots(trust.ca_file.as_deref())?),
+        None => builder.with_root_certificates(roots(trust.ca_file.as_deref(), authorities)?),
     };
     let mut config = builder.with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsConnector::from(Arc::new(config)))
 }
 
-fn roots(file: Option<&Path>) -> Outcome<RootCertStore> {
-    let path = file.unwrap_or(Path::new(SYSTEM));
-    let unusable = |why: String| {
-        let remedy = match file {
-            Some(_) => "name a PEM file with --ca-file",
-            None => "install ca-certificates, or pin the gateway with --fingerprint",
-        };
-        Failure::new(
-            Kind::Config,
-            format!("cannot use {}: {why}; {remedy}", path.display()),
-        )
+/// The file of authorities that was asked for, if one was.
+pub(crate) fn authorities(trust: &Trust) -> Outcome<Option<String>> {
+    let Some(path) = &trust.ca_file else {
+        return Ok(None);
     };
-    let found = CertificateDer::pem_file_iter(path).map_err(|e| unusable(e.to_string()))?;
+    let _owner = Owner::current()?.act()?;
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) => Err(unusable(Some(path), &error.to_string())),
+    }
+}
+
+fn unusable(file: Option<&Path>, why: &str) -> Failure {
+    let path = file.unwrap_or(Path::new(SYSTEM)).display();
+    let remedy = match file {
+        Some(_) => "name a PEM file with --ca-file",
+        None => "install ca-certificates, or pin the gateway with --fingerprint",
+    };
+    Failure::new(Kind::Config, format!("cannot use {path}: {why}; {remedy}"))
+}
+
+fn roots(file: Option<&Path>, authorities: Option<&str>) -> Outcome<RootCertStore> {
+    let text = match authorities {
+        Some(text) => text.as_bytes().to_vec(),
+        None => std::fs::read(SYSTEM).map_err(|e| unusable(file, &e.to_string()))?,
+    };
+    let found = CertificateDer::pem_slice_iter(&text);
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(found.filter_map(Result::ok));
     match roots.is_empty() {
-        true => Err(unusable("it has no certificate".to_owned())),
+        true => Err(unusable(file, "it has no certificate")),
         false => Ok(roots),
     }
 }

@@ -30,6 +30,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::unistd::{Pid, setsid};
+use serde_json::Value;
 
 use crate::cli::Up;
 use crate::fail::{Failure, Kind, Outcome, While as _};
@@ -50,10 +51,7 @@ pub(crate) async fn run(args: Up) -> Outcome {
         ));
     }
     if let Some(state) = control::ask("status").await? {
-        return Err(Failure::usage(format!(
-            "a tunnel to {} is up already: end it first with 'sudo rvpn down'",
-            state["gateway"].as_str().unwrap_or("a gateway")
-        )));
+        return Err(already(&state));
     }
     let background = std::env::var_os(BACKGROUND).is_some();
     if background {
@@ -65,6 +63,14 @@ pub(crate) async fn run(args: Up) -> Outcome {
     }
 }
 
+/// There is one, as it says of itself.
+fn already(state: &Value) -> Failure {
+    Failure::usage(format!(
+        "a tunnel to {} is up already: end it first with 'sudo rvpn down'",
+        state["gateway"].as_str().unwrap_or("a gateway")
+    ))
+}
+
 /// Whether one is up on this machine.
 pub(crate) async fn is_up() -> bool {
     matches!(control::ask("status").await, Ok(Some(_)))
@@ -74,7 +80,8 @@ pub(crate) async fn is_up() -> bool {
 async fn detach() -> Outcome {
     let dir = journal::dir();
     std::fs::create_dir_all(&dir).while_doing(format_args!("make {}", dir.display()))?;
-    let path = dir.join("up.log");
+    // Of this attempt alone, until it has come about.
+    let path = dir.join(format!("up-{}.log", std::process::id()));
     let log = std::fs::File::create(&path).while_doing(format_args!("write {}", path.display()))?;
     let again = log.try_clone().while_doing("write the log")?;
     let words = std::env::args_os().skip(1);
@@ -97,11 +104,16 @@ async fn detach() -> Outcome {
             .while_doing("watch the background process")?
         {
             eprint!("{}", said());
+            // Nobody misses it if it stays.
+            let _shown = std::fs::remove_file(&path);
             std::process::exit(status.code().unwrap_or(70));
         }
         let state = control::ask("status").await?;
-        if state.is_some_and(|s| s["state"] == "connected") {
+        if state.is_some_and(|s| s["state"] == "connected" && s["pid"] == child.id()) {
             print!("{}", said());
+            let (attempt, path) = (path, dir.join("up.log"));
+            std::fs::rename(attempt, &path)
+                .while_doing(format_args!("write {}", path.display()))?;
             println!("going on in the background; its log is {}", path.display());
             return std::io::stdout().flush().while_doing("write");
         }

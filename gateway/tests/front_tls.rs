@@ -140,6 +140,34 @@ async fn pro_06_tls_is_1_3_or_1_2_with_http_1_1() {
     assert_eq!(answer.first(), Some(&0x15), "an alert: {answer:?}");
 }
 
+/// Whoever begins a handshake and then waits keeps nobody else waiting.
+#[tokio::test]
+async fn dos_02_half_a_handshake_holds_no_place() {
+    let lab = Lab::and("[limits]\nhandshakes = 1\n").await;
+    let name = rustls::pki_types::ServerName::try_from(NAME).unwrap();
+    let config = lab.connector(rustls::ALL_VERSIONS).config().clone();
+    let mut greeting = Vec::new();
+    let mut half = rustls::ClientConnection::new(config, name).unwrap();
+    half.write_tls(&mut greeting).unwrap();
+    let mut waiting = Vec::new();
+    for sent in [0, 1, 5, greeting.len() / 2, greeting.len()] {
+        for _ in 0..8 {
+            let mut io = lab.tcp().await;
+            io.write_all(&greeting[..sent]).await.unwrap();
+            waiting.push(io);
+        }
+    }
+    // Answered as far as they went, so all of them have been seen.
+    for io in &waiting[32..] {
+        io.readable().await.unwrap();
+    }
+    let start = std::time::Instant::now();
+    let reply = lab.request(&login(&lab.ops.good())).await;
+    assert_eq!(reply.status, 101);
+    // A tenth of the time the others may take.
+    assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
+}
+
 #[tokio::test]
 async fn a_certificate_is_made_once_and_another_is_taken_over_without_a_drop() {
     use std::os::unix::fs::PermissionsExt;

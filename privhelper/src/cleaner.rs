@@ -10,13 +10,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use rvpn_ipc::{Generation, Slot};
+use rvpn_ipc::Slot;
 
 use crate::apply;
 use crate::config::Config;
 use crate::kernel::tun::Tun;
 use crate::kernel::{Kernel, conntrack, link, ruleset};
-use crate::plan::{self, LeaseTag, Live, Tag};
+use crate::plan::{self, Live, Tag};
 use crate::pool::LET_GO;
 
 const PROBE: Duration = Duration::from_millis(5);
@@ -24,8 +24,8 @@ const PROBE: Duration = Duration::from_millis(5);
 const FLUSHES: u32 = 5;
 
 pub(crate) enum Job {
-    /// Slot, its device's index, its generation, its former lease.
-    Clean(Slot, u32, Generation, Option<LeaseTag>),
+    /// Slot, its device's index, its generation and former lease.
+    Clean(Slot, u32, Tag),
     /// Make the slots from the first to before the second.
     Grow(Slot, Slot),
 }
@@ -62,8 +62,8 @@ impl Cleaner {
             here.wait();
             for job in work {
                 let result = match job {
-                    Job::Clean(slot, index, generation, former) => {
-                        Done::Cleaned(slot, clean(&mut kernel, slot, index, generation, former))
+                    Job::Clean(slot, index, former) => {
+                        Done::Cleaned(slot, clean(&mut kernel, slot, index, former))
                     }
                     Job::Grow(from, to) => grow(&mut kernel, from, to),
                 };
@@ -100,17 +100,11 @@ fn grow(k: &mut Kernel, from: Slot, to: Slot) -> Done {
 
 /// Closes the slot's way out, proves that nobody holds its device, and forgets
 /// its flows. Returns the device's index, a new one if there was any doubt.
-fn clean(
-    k: &mut Kernel,
-    slot: Slot,
-    index: u32,
-    generation: Generation,
-    former: Option<LeaseTag>,
-) -> io::Result<u32> {
-    if let Some(lease) = former {
+fn clean(k: &mut Kernel, slot: Slot, index: u32, former: Tag) -> io::Result<u32> {
+    if let Some(lease) = former.lease {
         ruleset::remove_lease(k, Live::new(slot, index, lease))?;
     }
-    let tag = Tag::new(generation, None);
+    let tag = Tag::new(former.generation, None);
     // While we hold it nobody can send through it, so no flow can begin again.
     let held = hold(k, slot, index);
     let index = if held.is_some() {

@@ -160,10 +160,11 @@ impl Pool {
         self.entry(slot).live()
     }
 
-    /// What a slot that is being cleaned was leased as.
-    pub(crate) fn former(&self, slot: Slot) -> Option<LeaseTag> {
+    /// The generation of a slot that is to be cleaned, and what it was leased as.
+    pub(crate) fn former(&self, slot: Slot) -> Tag {
         let entry = self.entry(slot);
-        entry.lease.filter(|_| entry.state == State::Cleaning)
+        let lease = entry.lease.filter(|_| entry.state == State::Cleaning);
+        Tag::new(entry.generation, lease)
     }
 
     fn entries(&self) -> impl Iterator<Item = (Slot, &Entry)> {

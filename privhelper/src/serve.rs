@@ -143,10 +143,8 @@ pub(crate) fn adopt(k: &mut Kernel, uplinks: &[u32]) -> io::Result<(Pool, usize)
 impl Server {
     /// Hands a slot the pool has for cleaning to the cleaner.
     fn clean(&mut self, slot: Slot) -> io::Result<()> {
-        let (index, generation) = (self.pool.index(slot), self.pool.generation(slot));
-        let former = self.pool.former(slot);
-        let job = Job::Clean(slot, index, generation, former);
-        self.cleaner.submit(job)
+        let (index, former) = (self.pool.index(slot), self.pool.former(slot));
+        self.cleaner.submit(Job::Clean(slot, index, former))
     }
 
     fn serve(&mut self) -> io::Result<()> {

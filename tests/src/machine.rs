@@ -146,6 +146,16 @@ impl Machine {
     }
 }
 
+impl Drop for Machine {
+    /// One in the background outlives its test otherwise.
+    fn drop(&mut self) {
+        if self.run_dir().join("control.sock").exists() {
+            let mut down = self.command(&["down"]);
+            let _gone = self.ns.output(down.stdout(Stdio::null()));
+        }
+    }
+}
+
 /// A tunnel that is up.
 pub struct Up<'a> {
     pub daemon: Daemon,
@@ -244,7 +254,26 @@ fn private_etc(lab: &Lab) {
         .stderr(Stdio::null())
         .status();
     let none = None::<&str>;
-    mount(Some(&own), "/etc", none, MsFlags::MS_BIND, none).expect("own /etc");
+    let bind = |from: &Path, to: &Path| {
+        mount(Some(from), to, none, MsFlags::MS_BIND, none).expect("own /etc");
+    };
+    let was = lab.dir.join("etc-was");
+    fs::create_dir_all(&was).expect("directory");
+    mount(
+        Some("/etc"),
+        &was,
+        none,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        none,
+    )
+    .expect("the old /etc");
+    bind(&own, Path::new("/etc"));
+    // A gateway that runs already may read the files it knew, and no others.
+    for name in ["hosts", "host.conf", "nsswitch.conf", "gai.conf"] {
+        if was.join(name).exists() {
+            bind(&was.join(name), &Path::new("/etc").join(name));
+        }
+    }
     let resolvers = Path::new("/etc/resolv.conf");
     let _link = fs::remove_file(resolvers);
     fs::write(resolvers, RESOLVERS).expect("resolv.conf");

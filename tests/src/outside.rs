@@ -68,9 +68,15 @@ impl Outside {
     /// leaves now on purpose, on every processor and in both families, is.
     #[track_caller]
     pub fn fence(&mut self, machine: &Ns) {
+        self.fence_over(machine, &[UP4, UP6]);
+    }
+
+    /// The same by way of these hosts only.
+    #[track_caller]
+    pub fn fence_over(&mut self, machine: &Ns, hosts: &[&str]) {
         let mut missing = Vec::new();
         for cpu in processors() {
-            for to in [UP4, UP6] {
+            for to in hosts {
                 let mark = Canary::new();
                 machine.run(|| {
                     pin_to(cpu);
@@ -90,8 +96,14 @@ impl Outside {
     /// Sends a canary by what routes there are, and says how often it is seen in clear.
     #[track_caller]
     pub fn probe(&mut self, machine: &Ns, to: &[&str]) -> usize {
+        self.probe_over(machine, to, &[UP4, UP6])
+    }
+
+    /// The same with the fence by way of these hosts only.
+    #[track_caller]
+    pub fn probe_over(&mut self, machine: &Ns, to: &[&str], fence: &[&str]) -> usize {
         let canaries: Vec<Canary> = to.iter().map(|to| try_send(machine, to)).collect();
-        self.fence(machine);
+        self.fence_over(machine, fence);
         canaries.into_iter().map(|c| self.leaked(c)).sum()
     }
 }

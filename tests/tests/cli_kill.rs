@@ -5,7 +5,7 @@ use std::fs;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rvpn_lab::gateway::Gateway;
-use rvpn_lab::machine::{Machine, RESOLVERS};
+use rvpn_lab::machine::{Machine, RESOLVERS, operator};
 use rvpn_lab::outside::{Chatter, Outside, network};
 use rvpn_lab::topology::{FAR4, UP6};
 use rvpn_lab::{Helper, Lab, wait_until};
@@ -251,4 +251,38 @@ fn cli_05_a_lost_gateway_opens_nothing() {
     assert_eq!(outside.leaked(canary), 0);
     drop(chatter);
     up.down();
+}
+
+/// Sent away for good while a kill switch is on: what was protected until then
+/// stays so, also from a next attempt that fails.
+#[test]
+fn cli_05_a_refusal_opens_nothing() {
+    let Scene {
+        lab,
+        _helper,
+        gateway,
+        phone,
+    } = &scene();
+    let mut outside = Outside::of(lab, &phone.ns);
+    let before = machine(phone);
+    let mut up = phone.up(&["--kill-switch"]);
+    let chatter = Chatter::start(&phone.ns, &TARGETS);
+    let canary = chatter.change();
+    let revoke = ["token", "revoke", "--account", "phone"];
+    operator(lab, gateway, &revoke).good();
+    assert_eq!(up.ended(), 77, "{}", up.log());
+    assert!(up.log().contains("stays blocked"), "{}", up.log());
+    assert_eq!(outside.probe(&phone.ns, &TARGETS), 0);
+    let mut again = phone.begin(&["--kill-switch"]);
+    assert_eq!(again.ended(), 77, "{}", again.log());
+    assert!(again.log().contains("--repair"), "{}", again.log());
+    assert_eq!(outside.probe(&phone.ns, &TARGETS), 0);
+    assert_eq!(outside.leaked(canary), 0);
+    drop(chatter);
+    phone.rvpn(&["down", "--repair"]).good();
+    assert_eq!(machine(phone), before);
+    // One that was refused at once has protected nothing, and leaves nothing.
+    let mut never = phone.begin(&["--kill-switch"]);
+    assert_eq!(never.ended(), 77, "{}", never.log());
+    assert_eq!(machine(phone), before);
 }

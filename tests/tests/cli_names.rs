@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use nix::mount::{MsFlags, mount};
 use rvpn_lab::fake_gateway::{FakeGateway, Identity, welcome_with};
 use rvpn_lab::machine::Machine;
-use rvpn_lab::outside::{Chatter, Outside, network};
+use rvpn_lab::outside::{Chatter, Outside, network, try_send};
 use rvpn_lab::topology::{FAR4, GW4, UP4, UP6, at};
 use rvpn_lab::{Lab, wait_until};
 use serde_json::json;
@@ -86,10 +86,13 @@ fn what(path: &Path) -> String {
     match fs::read_link(path) {
         Ok(to) => format!("link to {}", to.display()),
         Err(_) => match fs::read(path) {
-            Ok(content) => {
-                let mode = fs::metadata(path).expect("mode").permissions().mode();
-                format!("{mode:o} {}", String::from_utf8_lossy(&content))
-            }
+            Ok(content) => match fs::metadata(path) {
+                Ok(meta) => {
+                    let mode = meta.permissions().mode();
+                    format!("{mode:o} {}", String::from_utf8_lossy(&content))
+                }
+                Err(error) => format!("{:?}", error.kind()),
+            },
             Err(error) => format!("{:?}", error.kind()),
         },
     }
@@ -163,4 +166,31 @@ fn cli_06_a_newer_list_of_resolvers_is_left_alone() {
     up.down();
     assert_eq!(fs::read(LIST).expect("list"), b"nameserver 1.1.1.3\n");
     assert_eq!(network(&phone.ns), before);
+}
+
+/// Where IPv6 is switched off, a gateway that has it changes nothing.
+#[test]
+fn cli_06_a_machine_without_ipv6_stays_without() {
+    let Scene { lab, fake, phone } = &scene();
+    for device in ["all", "default"] {
+        let name = format!("net/ipv6/conf/{device}/disable_ipv6");
+        phone.ns.sysctl(&name, "1");
+    }
+    let before = network(&phone.ns);
+    let mut outside = Outside::of(lab, &phone.ns);
+    let six = json!({"address": "fd52:5650:1::1", "peer": "fd52:5650:1::"});
+    fake.greet(welcome_with(&json!({"dns": OURS, "v6": six})));
+    for more in [&[][..], &["--kill-switch"]] {
+        let up = phone.up_with(&fake.words(phone), more);
+        let inside = try_send(&phone.ns, FAR4);
+        fake.expect(&inside.0);
+        // Switched on later, by whomever, it has nowhere to go.
+        phone.ns.sysctl("net/ipv6/conf/wan0/disable_ipv6", "0");
+        phone.ns.ip("addr add 2606:4700:4700::10/64 dev wan0 nodad");
+        let targets = [FAR4, UP6];
+        assert_eq!(outside.probe_over(&phone.ns, &targets, &[UP4]), 0);
+        phone.ns.sysctl("net/ipv6/conf/wan0/disable_ipv6", "1");
+        up.down();
+        assert_eq!(network(&phone.ns), before);
+    }
 }

@@ -22,6 +22,10 @@ fn answers_for(nb: &Ns, address: &str) -> bool {
     let six = if length == 128 { "-6 " } else { "" };
     nb.ip(&format!("{six}route replace {address}/{length} dev wan0"));
     nb.ip(&format!("neigh flush to {address}"));
+    for family in ["ipv4", "ipv6"] {
+        // The answer takes no longer here.
+        nb.sysctl(&format!("net/{family}/neigh/wan0/retrans_time_ms"), "100");
+    }
     let asks = nb.udp(&at(if length == 128 { "::" } else { "0.0.0.0" }, 0));
     let _refused = asks.send_to(b"?", at(address, 7000));
     let mut last = None;

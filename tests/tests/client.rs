@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::process::{Command, Stdio};
 
 use rvpn_lab::gateway::Gateway;
 use rvpn_lab::machine::{Machine, operator};
+use rvpn_lab::outside::Outside;
 use rvpn_lab::topology::{GW4, GW6, UP4, UP6};
 use rvpn_lab::{Helper, Lab, wait_until};
 use serde_json::Value;
@@ -260,4 +262,39 @@ fn the_doctor_finds_what_is_broken() {
         (of(&all, "name"), of(&all, "connection")),
         ("ok".into(), "FAILED".into())
     );
+}
+
+/// CLI-07 as far as there is something that could listen: no command of the
+/// client opens a port, so none can be open to others; and names are asked where
+/// the packets leave, never on the client's own network.
+#[test]
+fn cli_07_nothing_listens_and_names_are_asked_at_the_far_side() {
+    let (lab, _helper, gateway) = with("");
+    let phone = Machine::joined(&lab, &gateway, "phone", 10);
+    let mut outside = Outside::of(&lab, &phone.ns);
+    // A program that asks for itself is seen, so one that is not seen does not.
+    let mut asking = Command::new("getent");
+    asking
+        .args(["ahosts", "canary-here.test"])
+        .stdout(Stdio::null());
+    let asking = phone.ns.daemon(&mut asking);
+    wait_until("the question is seen on the wire", || {
+        outside.holding(b"canary-here") > 0
+    });
+    drop(asking);
+    let said = phone.rvpn(&["ping", "canary-there.test", "-c", "1"]);
+    assert!(said.err.contains("asked at the gateway"), "{said:?}");
+    outside.fence(&phone.ns);
+    assert_eq!(outside.holding(b"canary-there"), 0);
+
+    let listening = || phone.ns.sh("ss", &["-Hlntu"]);
+    assert_eq!(listening(), "");
+    let up = phone.up(&["--no-dns"]);
+    let mut ping = phone.command(&["ping", UP4, "-c", "0", "-i", "0.2"]);
+    let _pinging = phone.ns.daemon(ping.stdout(Stdio::null()));
+    phone.ns.sh("ping", &["-c", "5", "-i", "0.2", UP4]);
+    // One bound without listening would not be seen as one; there is none either.
+    let udp = phone.ns.sh("ss", &["-Hanu"]);
+    assert_eq!((listening().as_str(), udp.as_str()), ("", ""));
+    up.down();
 }

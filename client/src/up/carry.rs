@@ -3,12 +3,14 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
+use caps::CapSet;
 use rvpn_proto::control::{Policy, Welcome, close};
 use tokio::net::TcpStream;
-use tokio::time::{interval, sleep, timeout};
+use tokio::time::{Instant, interval, sleep, timeout};
 use tokio_rustls::TlsConnector;
 
 use super::fd::tune;
+use super::parent::STEADY;
 use super::pump::{Carrier, Device, End, Session};
 use super::wire::{Order, Report, Wire};
 use crate::fail::{Failure, Kind, Outcome, While as _};
@@ -66,6 +68,7 @@ pub(crate) async fn run() -> Outcome {
         Order::Begin {
             address,
             trust,
+            authorities,
             instance,
             offload,
             mtu,
@@ -83,7 +86,7 @@ pub(crate) async fn run() -> Outcome {
         instance,
         offload,
         mtu,
-        connector: tls::connector(&trust)?,
+        connector: tls::connector(&trust, authorities.as_deref())?,
         ticket: None,
         carrier: None,
         failures: 0,
@@ -104,6 +107,10 @@ pub(crate) async fn run() -> Outcome {
 /// Nothing this process starts, or is made to start, gets rights back; nobody
 /// but root reads its memory.
 fn give_up_rights() -> Outcome {
+    // Where there is only one user, or the file has capabilities, they would stay.
+    for set in [CapSet::Inheritable, CapSet::Permitted, CapSet::Effective] {
+        caps::clear(None, set).while_doing("give up rights")?;
+    }
     nix::sys::prctl::set_no_new_privs().while_doing("give up rights")?;
     nix::sys::prctl::set_dumpable(false).while_doing("hide this process's memory")
 }
@@ -136,6 +143,7 @@ impl Child {
                 return Err(denied.failure);
             }
             let wait = match denied.after {
+                Some(after) if self.failures > 0 => after.clamp(SOON, LATE * 4),
                 Some(after) => after.min(LATE * 4),
                 None => backoff(self.failures),
             };
@@ -189,9 +197,13 @@ impl Child {
                 return Err(Failure::new(Kind::Protocol, why).into());
             }
         }
-        self.failures = 0;
         self.welcomed = true;
+        let begun = Instant::now();
         let end = self.carry(&mut socket, &welcome).await;
+        // One that welcomes and closes at once is not met at full speed.
+        if begun.elapsed() > STEADY {
+            self.failures = 0;
+        }
         let to = &self.to;
         match end? {
             None => {

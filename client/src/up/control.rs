@@ -1,14 +1,16 @@
 //! How `status` and `down` reach the `up` that runs.
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::{sleep, timeout};
 
+use super::already;
 use super::journal::{Journal, Lock, dir};
 use crate::cli::{Down, Status};
 use crate::fail::{Failure, Kind, Outcome, While as _};
@@ -16,6 +18,13 @@ use crate::text::{bytes, span, table};
 
 /// How long the other side may take.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How often it is asked who else is there.
+const LOOKS: u32 = 100;
+
+/// How long a question and its answer may take, and how many may be asked at once.
+const QUESTION: Duration = Duration::from_secs(15);
+const AT_ONCE: usize = 16;
 
 /// What may be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +54,19 @@ pub(crate) fn listen() -> Outcome<mpsc::Receiver<Asked>> {
         .while_doing("open the socket to other users")?;
     let (asked, questions) = mpsc::channel(4);
     tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
+        let room = Arc::new(Semaphore::new(AT_ONCE));
+        // Everybody may come here, so nobody may fill it: neither with
+        // connections nor with errors.
+        while let Ok(place) = Arc::clone(&room).acquire_owned().await {
+            let Ok((stream, _)) = listener.accept().await else {
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            };
             let asked = asked.clone();
-            tokio::spawn(async move { timeout(PATIENCE, serve(stream, asked)).await });
+            tokio::spawn(async move {
+                let _late = timeout(QUESTION, serve(stream, asked)).await;
+                drop(place);
+            });
         }
     });
     Ok(questions)
@@ -107,10 +126,26 @@ pub(crate) async fn ask(question: &str) -> Outcome<Option<Value>> {
     }
 }
 
+/// The lock, or why not: somebody may have begun at the same time.
+pub(crate) async fn alone() -> Outcome<Lock> {
+    for _ in 0..LOOKS {
+        if let Some(lock) = Lock::take_within(Duration::from_millis(100)).await? {
+            return Ok(lock);
+        }
+        if let Some(state) = ask("status").await? {
+            return Err(already(&state));
+        }
+    }
+    Err(Failure::unavailable(
+        "another 'rvpn up' or 'rvpn down' is at work: see 'rvpn status', or try again",
+    ))
+}
+
 /// `rvpn status`.
 pub(crate) async fn status(args: Status) -> Outcome {
     let Some(state) = ask("status").await? else {
-        let left = Journal::read().ok().flatten().is_some();
+        // Whether one is there, not what it says, is everybody's to know.
+        let left = Journal::is_left();
         if args.json {
             println!(
                 "{}",

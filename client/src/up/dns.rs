@@ -35,13 +35,14 @@ fn by_service(journal: &mut Journal, resolvers: &[IpAddr]) -> Outcome {
     let device = journal.interface.clone();
     let servers: Vec<String> = resolvers.iter().map(IpAddr::to_string).collect();
     let ask = |verb: &str, words: &[String]| -> Outcome {
-        let status = Command::new("resolvectl")
+        let status = Command::new("/usr/bin/resolvectl")
+            .env_clear()
             .arg(verb)
             .arg(&device)
             .args(words)
             .stdin(Stdio::null())
             .status()
-            .while_doing("run resolvectl")?;
+            .while_doing("run resolvectl (--no-dns leaves the resolvers alone)")?;
         match status.success() {
             true => Ok(()),
             false => Err(Failure::internal(format!(
@@ -83,5 +84,8 @@ fn by_file(journal: &mut Journal, resolvers: &[IpAddr]) -> Outcome {
         written.clone_from(&ours);
     }
     journal.write()?;
+    if let Some(resolvers) = &journal.resolvers {
+        resolvers.keep()?;
+    }
     replace(&path, ours.as_bytes(), 0o644).while_doing("replace resolv.conf")
 }

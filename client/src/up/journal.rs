@@ -42,6 +42,26 @@ pub(crate) struct Journal {
     pub(crate) resolvers: Option<Resolvers>,
 }
 
+/// Where the list of resolvers is kept beyond a restart of the machine.
+fn kept_path() -> PathBuf {
+    match std::env::var_os("RVPN_RUN") {
+        Some(run) => PathBuf::from(run).join("kept/resolvers.json"),
+        None => PathBuf::from("/var/lib/rvpn-client/resolvers.json"),
+    }
+}
+
+/// Resolvers that were replaced and not put back, as far as ours are still there.
+fn kept() -> Option<Resolvers> {
+    let text = fs::read_to_string(kept_path()).ok()?;
+    let resolvers: Resolvers = serde_json::from_str(&text).ok()?;
+    let Resolvers::File { path, ours, .. } = &resolvers else {
+        return None;
+    };
+    fs::read_to_string(path)
+        .is_ok_and(|now| now == *ours)
+        .then_some(resolvers)
+}
+
 /// How names were resolved before.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -79,12 +99,23 @@ impl Journal {
         dir().join("journal.json")
     }
 
+    /// Whether one is there; what it says is root's to know.
+    pub(crate) fn is_left() -> bool {
+        Journal::path().exists()
+    }
+
     /// What is there, if anything.
     pub(crate) fn read() -> Outcome<Option<Journal>> {
         let path = Journal::path();
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // A machine that lost its power forgot everything but its files.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(kept().map(|resolvers| Journal {
+                    resolvers: Some(resolvers),
+                    ..Journal::default()
+                }));
+            }
             Err(error) => return Err(error).while_doing(format_args!("read {}", path.display())),
         };
         let journal = serde_json::from_str(&text);
@@ -119,8 +150,12 @@ impl Journal {
 
     /// Sets a file of the kernel, to be put back later.
     pub(crate) fn set(&mut self, path: PathBuf, value: &str) -> Outcome {
-        let before =
-            fs::read_to_string(&path).while_doing(format_args!("read {}", path.display()))?;
+        let before = match fs::read_to_string(&path) {
+            Ok(before) => before,
+            // Its device has gone in the meantime.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error).while_doing(format_args!("read {}", path.display())),
+        };
         if !self.sysctls.iter().any(|(known, _)| *known == path) {
             self.sysctls.push((path.clone(), before));
             self.write()?;
@@ -156,7 +191,9 @@ impl Journal {
         match Net::open() {
             Ok(net) => {
                 note(net.release().await);
-                note(net.remove(&self.interface).await);
+                if !self.interface.is_empty() {
+                    note(net.remove(&self.interface).await);
+                }
             }
             Err(error) => note(Err(Failure::internal(format!("no netlink: {error}")))),
         }
@@ -231,7 +268,39 @@ impl Lock {
 }
 
 impl Resolvers {
+    /// Keeps it where a restart of the machine does not reach.
+    pub(super) fn keep(&self) -> Outcome {
+        let path = kept_path();
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        let keep = || -> io::Result<()> {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)?;
+            let fresh = path.with_extension("new");
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&fresh)?;
+            serde_json::to_writer(&mut file, self)?;
+            file.sync_all()?;
+            fs::rename(&fresh, &path)
+        };
+        keep().while_doing(format_args!("write {}", path.display()))
+    }
+
     fn put_back(&self) -> Outcome {
+        let done = self.restore();
+        if done.is_ok() {
+            // If it is gone, somebody was faster.
+            let _gone = fs::remove_file(kept_path());
+        }
+        done
+    }
+
+    fn restore(&self) -> Outcome {
         let Resolvers::File { path, before, ours } = self else {
             return Ok(());
         };

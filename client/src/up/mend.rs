@@ -27,7 +27,7 @@ impl Mender {
             .arg("__mend")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
-            .stderr(Stdio::null());
+            .stderr(Stdio::inherit());
         let mut process = command
             .spawn()
             .while_doing("start the process that mends")?;

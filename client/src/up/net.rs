@@ -92,6 +92,39 @@ impl Net {
         Ok(())
     }
 
+    /// Whether what leads to our table is still there.
+    pub(crate) async fn is_captured(&self, plan: &Plan) -> Outcome<bool> {
+        for family in &self.families {
+            let there = self.our_rules(*family).await?;
+            if there.len() < rules(*family, plan, place_beside(&there))?.len() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Leads what is meant for the tunnel nowhere, while there is no device.
+    pub(crate) async fn shut(&self, plan: &Plan) -> Outcome {
+        for family in &self.families {
+            for prefix in plan.wanted(*family) {
+                self.dead_end(prefix).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends that, where the tunnel leads again and nothing is to stay blocked.
+    pub(crate) async fn open_up(&self, plan: &Plan) -> Outcome {
+        for family in &self.families {
+            let ours = self.our_routes(*family).await?;
+            let leads = ours.iter().any(|r| r.header.kind == RouteType::Unicast);
+            if leads && !plan.kill_switch {
+                self.open_others(*family, &[]).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes a device carry what was captured.
     pub(crate) async fn attach(
         &self,
@@ -105,6 +138,8 @@ impl Net {
         let up = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
         let set = self.handle.link().set(up).execute().await;
         set.while_doing(format_args!("start {}", plan.interface))?;
+        // Somebody has switched it off for every device.
+        let v6 = v6.filter(|_| !is_without_six(&plan.interface));
         let addresses = [Some(IpAddr::V4(v4)), v6.map(IpAddr::V6)];
         for address in addresses.into_iter().flatten() {
             self.address(index, address).await?;
@@ -217,7 +252,11 @@ impl Net {
     async fn rule(&self, rule: RuleMessage) -> Outcome {
         let mut add = self.handle.rule().add();
         *add.message_mut() = rule;
-        add.execute().await.while_doing("add a routing rule")
+        match add.execute().await {
+            // Left by one that was killed while it took over.
+            Err(error) if code(&error) == Some(libc::EEXIST) => Ok(()),
+            done => done.while_doing("add a routing rule"),
+        }
     }
 
     /// The number of a device.
@@ -376,10 +415,10 @@ impl Net {
 
     /// Removes a device, if it is there.
     pub(crate) async fn remove(&self, name: &str) -> Outcome {
-        if !Path::new("/sys/class/net").join(name).exists() && self.index(name).await.is_err() {
+        // It goes with whoever had it, at any moment.
+        let Ok(index) = self.index(name).await else {
             return Ok(());
-        }
-        let index = self.index(name).await?;
+        };
         match self.handle.link().del(index).execute().await {
             Err(error) if !is_gone(&error) => Err(error).while_doing(format_args!("remove {name}")),
             _ => Ok(()),
@@ -387,13 +426,20 @@ impl Net {
     }
 }
 
+fn is_without_six(device: &str) -> bool {
+    let path = format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6");
+    std::fs::read_to_string(path).is_ok_and(|text| text.trim() != "0")
+}
+
 fn is_gone(error: &rtnetlink::Error) -> bool {
+    code(error).is_some_and(|code| [libc::ESRCH, libc::ENODEV, libc::ENOENT].contains(&code))
+}
+
+/// What the kernel answered, as an errno.
+fn code(error: &rtnetlink::Error) -> Option<i32> {
     match error {
-        rtnetlink::Error::NetlinkError(message) => {
-            let code = -message.raw_code();
-            [libc::ESRCH, libc::ENODEV, libc::ENOENT].contains(&code)
-        }
-        _ => false,
+        rtnetlink::Error::NetlinkError(message) => Some(-message.raw_code()),
+        _ => None,
     }
 }
 

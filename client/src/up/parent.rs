@@ -1,12 +1,13 @@
 //! The half of `up` with rights.
 
+mod follow;
+
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
-use rtnetlink::MulticastGroup;
 use rvpn_proto::control::{Prefix, Welcome};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
@@ -15,52 +16,38 @@ use tokio::time::{Instant, sleep, timeout};
 use super::control::{self, Asked, Question};
 use super::dial::dial;
 use super::half::{Half, Signals};
-use super::journal::{Journal, Lock};
+use super::journal::Journal;
 use super::mend::Mender;
 use super::net::Net;
+use super::plan::{self, Terms};
 use super::rules::Plan;
 use super::wire::{Order, Report, Way};
-use super::{device, dns, plan};
+use super::{device, dns};
 use crate::cli::Up;
 use crate::fail::{Failure, Outcome, While as _};
 use crate::profile::{self, Address, Profile};
 use crate::reach;
 
 /// How often the other half may die in a row.
-const RESTARTS: u32 = 3;
+const RESTARTS: u32 = 8;
 /// How long it may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(3);
+/// Whether programs may bind to the tunnel's address.
+const BIND: &str = "/proc/sys/net/ipv4/ip_nonlocal_bind";
+/// A session that lasts so long was a success.
+pub(super) const STEADY: Duration = Duration::from_secs(10);
 /// Changes of the network come in swarms.
 const SETTLE: Duration = Duration::from_millis(50);
-/// What the tunnel has been told.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Terms {
-    v4: Ipv4Addr,
-    v6: Option<Ipv6Addr>,
-    mtu: u32,
-    offload: bool,
-}
-
-impl Terms {
-    fn of(welcome: &Welcome) -> Terms {
-        Terms {
-            v4: welcome.v4.address,
-            v6: welcome.v6.map(|pair| pair.address),
-            mtu: welcome.mtu,
-            offload: welcome
-                .capabilities
-                .iter()
-                .any(|c| c == rvpn_proto::control::OFFLOAD),
-        }
-    }
-}
 
 struct Parent {
     args: Up,
     name: String,
     profile: Profile,
+    authorities: Option<String>,
     to: Address,
     addresses: Vec<SocketAddr>,
+    /// Where newer ones go.
+    found: mpsc::Sender<Vec<SocketAddr>>,
     turn: usize,
     net: Net,
     plan: Plan,
@@ -74,6 +61,8 @@ struct Parent {
     /// For `status`.
     state: &'static str,
     begun: Instant,
+    /// The session that is, or the one that was.
+    since: Instant,
     connected: u64,
     trouble: Option<String>,
     counted: (Way, Way, Option<f64>),
@@ -103,11 +92,13 @@ pub(crate) async fn run(args: Up) -> Outcome {
     let (name, profile) = profile::choose(&args.choice)?;
     let to = profile.address()?;
     // Wrong files are to be known before anything is changed.
-    crate::tls::connector(&profile.trust)?;
+    let authorities = crate::tls::authorities(&profile.trust)?;
+    crate::tls::connector(&profile.trust, authorities.as_deref())?;
     profile.token()?;
     // Nobody reads the key from a process that died, or out of this one.
     nix::sys::prctl::set_dumpable(false).while_doing("hide this process's memory")?;
-    let lock = Lock::take().await?;
+    plan::check_name(&args.interface)?;
+    let lock = control::alone().await?;
     let mut journal = Journal {
         interface: args.interface.clone(),
         pid: std::process::id(),
@@ -120,6 +111,12 @@ pub(crate) async fn run(args: Up) -> Outcome {
         Some(left) if blocked => {
             eprintln!("taking over from a killed 'rvpn up'; what it blocked stays blocked");
             journal.take_over(left).await?;
+        }
+        Some(left) if left.blocks => {
+            return Err(Failure::usage(
+                "what a killed 'rvpn up --kill-switch' blocked is still blocked: go on with \
+                 --kill-switch, or open it first with 'sudo rvpn down --repair'",
+            ));
         }
         Some(left) => {
             eprintln!("putting back what a killed 'rvpn up' had left");
@@ -142,7 +139,7 @@ pub(crate) async fn run(args: Up) -> Outcome {
         )));
     }
     let local = net.local(&args.interface).await?;
-    let plan = plan::plan(&args, &local)?;
+    let plan = plan::plan(&args, &local);
     let seen = net.snapshot(&args.interface).await?;
     journal.write()?;
     let questions = control::listen()?;
@@ -153,12 +150,15 @@ pub(crate) async fn run(args: Up) -> Outcome {
     };
     let half = Half::start()?;
     let blocks = args.kill_switch;
+    let (find, found) = mpsc::channel(1);
     let mut parent = Parent {
         args,
         name,
         profile,
+        authorities,
         to,
         addresses,
+        found: find,
         turn: 0,
         net,
         plan,
@@ -171,11 +171,12 @@ pub(crate) async fn run(args: Up) -> Outcome {
         restarts: 0,
         state: "connecting",
         begun: Instant::now(),
+        since: Instant::now(),
         connected: 0,
         trouble: None,
         counted: (Way::default(), Way::default(), None),
     };
-    let end = match parent.live(questions).await {
+    let end = match parent.live(questions, found).await {
         Ok(end) => end,
         Err(failure) => End::Failed(failure),
     };
@@ -184,8 +185,8 @@ pub(crate) async fn run(args: Up) -> Outcome {
     let undone = parent.end(stays).await;
     if stays {
         eprintln!(
-            "what the kill switch blocks stays blocked: 'sudo rvpn up' takes over, \
-             'sudo rvpn down --repair' opens it"
+            "what the kill switch blocks stays blocked: 'sudo rvpn up --kill-switch' takes \
+             over, 'sudo rvpn down --repair' opens it"
         );
     }
     if let Some(mender) = mender {
@@ -211,13 +212,18 @@ pub(crate) async fn run(args: Up) -> Outcome {
 }
 
 impl Parent {
-    async fn live(&mut self, mut questions: mpsc::Receiver<Asked>) -> Outcome<End> {
+    async fn live(
+        &mut self,
+        mut questions: mpsc::Receiver<Asked>,
+        mut found: mpsc::Receiver<Vec<SocketAddr>>,
+    ) -> Outcome<End> {
+        // Before anything is changed that a signal would leave behind.
+        let mut signals = Signals::new()?;
+        let mut events = self.events()?;
         if self.args.kill_switch && !self.args.split {
             self.capture().await?;
         }
         self.begin().await?;
-        let mut events = self.events()?;
-        let mut signals = Signals::new()?;
         loop {
             tokio::select! {
                 report = self.half.wire.receive::<Report>() => {
@@ -227,15 +233,18 @@ impl Parent {
                         None => self.again().await?,
                     }
                 }
-                asked = questions.recv() => match asked {
-                    Some((Question::Status, answer)) => {
+                Some((question, answer)) = questions.recv() => match question {
+                    Question::Status => {
                         let _gone = answer.send(self.status());
                     }
-                    Some((Question::Down, answer)) => return Ok(End::Asked(Some(answer))),
-                    None => return Err(Failure::internal("nobody can reach this process any more")),
+                    Question::Down => return Ok(End::Asked(Some(answer))),
                 },
                 () = signals.any() => return Ok(End::Asked(None)),
                 Some(()) = events.recv() => self.look().await?,
+                Some(addresses) = found.recv() => {
+                    self.addresses = addresses;
+                    self.turn = 0;
+                }
             }
         }
     }
@@ -244,6 +253,7 @@ impl Parent {
         let order = Order::Begin {
             address: self.profile.address.clone(),
             trust: self.profile.trust.clone(),
+            authorities: self.authorities.clone(),
             instance: self.profile.instance.clone(),
             offload: !self.args.no_offload,
             mtu: self.args.mtu,
@@ -285,7 +295,9 @@ impl Parent {
                 rtt_ms,
             } => {
                 self.counted = (outbound, inbound, rtt_ms);
-                self.restarts = 0;
+                if self.since.elapsed() > STEADY {
+                    self.restarts = 0;
+                }
                 Ok(())
             }
             Report::Left => Ok(()),
@@ -312,9 +324,9 @@ impl Parent {
             Ok(token) => token,
             Err(failure) => {
                 let why = failure.to_string();
-                return self
-                    .tell(&Order::NotDialled { why, last: true }, None)
-                    .await;
+                // One that is just being replaced is there a moment later.
+                let last = self.connected == 0;
+                return self.tell(&Order::NotDialled { why, last }, None).await;
             }
         };
         let address = self.addresses[self.turn % self.addresses.len()];
@@ -333,7 +345,12 @@ impl Parent {
         if let Err(failure) = judged {
             let why = failure.to_string();
             self.tell(&Order::Refuse { why }, None).await?;
-            return Err(failure);
+            // What was good before is refused because the network here has
+            // changed. Whoever changed it must not end what protects from them.
+            return match self.connected {
+                0 => Err(failure),
+                _ => Ok(()),
+            };
         }
         let terms = Terms::of(welcome);
         if self
@@ -354,8 +371,9 @@ impl Parent {
         self.state = "connected";
         self.trouble = None;
         self.connected += 1;
+        self.since = Instant::now();
         self.say(welcome);
-        self.refresh().await;
+        self.refresh();
         Ok(())
     }
 
@@ -379,6 +397,8 @@ impl Parent {
     /// A device for these terms, with everything that leads to it.
     async fn build(&mut self, terms: Terms, welcome: &Welcome) -> Outcome {
         if self.device.take().is_some() {
+            // Nothing may find its way out while there is none.
+            self.net.shut(&self.plan).await?;
             self.net.remove(&self.plan.interface).await?;
             self.half.has_device = false;
         }
@@ -386,9 +406,16 @@ impl Parent {
         self.net
             .attach(&self.plan, terms.mtu, terms.v4, terms.v6)
             .await?;
+        self.net.open_up(&self.plan).await?;
         self.device = Some((fd, terms));
         self.capture().await?;
         let resolvers = plan::resolvers(&self.args, welcome);
+        if resolvers.is_empty() && self.plan.only.is_none() && !self.args.no_dns {
+            eprintln!(
+                "the gateway suggests no resolver, so names are still asked of this machine's \
+                 own, which the tunnel may not reach: --dns ADDRESS names one"
+            );
+        }
         dns::point(&mut self.journal, &resolvers)
     }
 
@@ -396,61 +423,12 @@ impl Parent {
         self.loosen().await?;
         if !self.captured {
             self.captured = true;
+            // Its address is in no table that this is looked up in; what is sent
+            // from others than the machine's addresses is refused all the same.
+            self.journal.set(PathBuf::from(BIND), "1")?;
             self.net.capture(&self.plan).await?;
         }
         Ok(())
-    }
-
-    async fn loosen(&mut self) -> Outcome {
-        for (path, value) in self.net.checks(&self.plan).await? {
-            self.journal.set(path, value)?;
-        }
-        Ok(())
-    }
-
-    /// The gateway's addresses may change while we are connected.
-    async fn refresh(&mut self) {
-        if let Ok(Ok(found)) = timeout(Duration::from_secs(5), reach::resolve(&self.to)).await {
-            self.addresses = found;
-            self.turn = 0;
-        }
-    }
-
-    /// Tells of changes to the network that are not ours.
-    fn events(&self) -> Outcome<mpsc::Receiver<()>> {
-        let groups = [
-            MulticastGroup::Link,
-            MulticastGroup::Ipv4Ifaddr,
-            MulticastGroup::Ipv6Ifaddr,
-            MulticastGroup::Ipv4Route,
-            MulticastGroup::Ipv6Route,
-        ];
-        let opened = rtnetlink::new_multicast_connection(&groups);
-        let (connection, _, mut messages) = opened.while_doing("watch the network")?;
-        tokio::spawn(connection);
-        let (tell, events) = mpsc::channel(1);
-        tokio::spawn(async move {
-            while messages.next().await.is_some() {
-                sleep(SETTLE).await;
-                while let Ok(Some(_)) = timeout(Duration::ZERO, messages.next()).await {}
-                // One that waits already is enough.
-                let _full = tell.try_send(());
-            }
-        });
-        Ok(events)
-    }
-
-    async fn look(&mut self) -> Outcome {
-        let seen = self.net.snapshot(&self.plan.interface).await?;
-        if seen == self.seen {
-            return Ok(());
-        }
-        self.seen = seen;
-        self.local = self.net.local(&self.plan.interface).await?;
-        if self.captured {
-            self.loosen().await?;
-        }
-        self.tell(&Order::Changed, None).await
     }
 
     fn status(&self) -> Value {

@@ -1,8 +1,8 @@
 //! What the user asked for, against what the gateway offers.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use rvpn_proto::control::{Policy, Prefix, Welcome};
+use rvpn_proto::control::{OFFLOAD, Policy, Prefix, Welcome};
 
 use super::rules::Plan;
 use crate::cli::Up;
@@ -10,23 +10,40 @@ use crate::fail::{Failure, Kind, Outcome};
 
 /// Networks that no stranger has, which a machine may be attached to.
 const PRIVATE: [(IpAddr, u8); 4] = [
-    (IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 0)), 8),
-    (IpAddr::V4(std::net::Ipv4Addr::new(172, 16, 0, 0)), 12),
-    (IpAddr::V4(std::net::Ipv4Addr::new(192, 168, 0, 0)), 16),
-    (
-        IpAddr::V6(std::net::Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0)),
-        8,
-    ),
+    (IpAddr::V4(Ipv4Addr::new(10, 0, 0, 0)), 8),
+    (IpAddr::V4(Ipv4Addr::new(172, 16, 0, 0)), 12),
+    (IpAddr::V4(Ipv4Addr::new(192, 168, 0, 0)), 16),
+    (IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0)), 8),
 ];
+
+/// What the tunnel has been told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Terms {
+    pub(crate) v4: Ipv4Addr,
+    pub(crate) v6: Option<Ipv6Addr>,
+    pub(crate) mtu: u32,
+    pub(crate) offload: bool,
+}
+
+impl Terms {
+    /// What matters of a welcome.
+    pub(crate) fn of(welcome: &Welcome) -> Terms {
+        Terms {
+            v4: welcome.v4.address,
+            v6: welcome.v6.map(|pair| pair.address),
+            mtu: welcome.mtu,
+            offload: welcome.capabilities.iter().any(|c| c == OFFLOAD),
+        }
+    }
+}
 
 /// Everything through the tunnel, unless a part was asked for.
 pub(crate) fn is_full(args: &Up) -> bool {
     !args.split && args.route.is_empty()
 }
 
-/// Before the gateway has said anything.
-pub(crate) fn plan(args: &Up, local: &[Prefix]) -> Outcome<Plan> {
-    let name = &args.interface;
+/// Whether a device may be called so.
+pub(crate) fn check_name(name: &str) -> Outcome {
     let fits = name
         .bytes()
         .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
@@ -35,17 +52,22 @@ pub(crate) fn plan(args: &Up, local: &[Prefix]) -> Outcome<Plan> {
             "'{name}' cannot name an interface: up to 15 letters, digits, '-', '_' or '.'"
         )));
     }
+    Ok(())
+}
+
+/// Before the gateway has said anything.
+pub(crate) fn plan(args: &Up, local: &[Prefix]) -> Plan {
     let mut past = args.bypass.clone();
     if args.allow_lan {
         // A network with public addresses next door is how traffic is stolen (CLI-02).
         past.extend(local.iter().copied().filter(|p| is_private(*p)));
     }
-    Ok(Plan {
+    Plan {
         only: (!is_full(args)).then(|| args.route.clone()),
         past,
         kill_switch: args.kill_switch,
-        interface: name.clone(),
-    })
+        interface: args.interface.clone(),
+    }
 }
 
 fn is_private(prefix: Prefix) -> bool {

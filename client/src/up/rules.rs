@@ -23,6 +23,7 @@ pub(super) const OURS: RouteProtocol = RouteProtocol::Other(0x72);
 const PLACES: [u32; 2] = [5200, 5300];
 /// How many fit between the two.
 const MOST: usize = 100;
+
 /// What goes where.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
@@ -85,17 +86,19 @@ pub(super) fn rules(family: AddressFamily, plan: &Plan, place: u32) -> Outcome<V
     all.push(rule(Vec::new(), Some(TABLE)));
     if plan.kill_switch {
         // A program that insists on a device or on a neighbour finds no way in
-        // our table. Root can do anything, and must be able to: the kernel asks
-        // in its name whether the gateway of a new route is reachable.
-        all.extend(plan.wanted(family).into_iter().map(|prefix| {
-            let mut rule = to(prefix, None);
-            let users = RuleUidRange {
-                start: 1,
-                end: u32::MAX - 1,
-            };
-            rule.attributes.push(RuleAttribute::UidRange(users));
-            rule
-        }));
+        // our table. The kernel asks in root's name whether the gateway of a new
+        // route is next door, so root may see what is next door, and no further.
+        let mut next_door = rule(Vec::new(), Some(MAIN));
+        next_door.attributes.extend([
+            RuleAttribute::UidRange(RuleUidRange { start: 0, end: 0 }),
+            RuleAttribute::SuppressPrefixLen(match family {
+                AddressFamily::Inet => 15,
+                _ => 47,
+            }),
+        ]);
+        all.push(next_door);
+        let wanted = plan.wanted(family).into_iter();
+        all.extend(wanted.map(|prefix| to(prefix, None)));
     }
     if all.len() > MOST {
         return Err(Failure::usage(format!(

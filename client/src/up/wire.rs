@@ -36,6 +36,8 @@ pub(crate) enum Order {
         address: String,
         /// Whose certificate is believed.
         trust: Trust,
+        /// Authorities, as text: the other half may not read the file.
+        authorities: Option<String>,
         /// Of this installation.
         instance: String,
         /// Super-packets.

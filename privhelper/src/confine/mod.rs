@@ -18,7 +18,7 @@ use crate::config::Config;
 
 /// Descriptors needed beside those of a batch in creation.
 const DESCRIPTORS: u64 = 256;
-/// What `/proc` says of every thread: `CAP_NET_ADMIN`, the twelfth bit, and no more.
+/// What `/proc` says of every thread: `CAP_NET_ADMIN`, bit 12, and no more.
 const HELD: [(&str, &str); 6] = [
     ("CapEff", "0000000000001000"),
     ("CapPrm", "0000000000001000"),
@@ -87,10 +87,8 @@ pub(crate) fn prove() -> io::Result<()> {
     for task in fs::read_dir("/proc/self/task")? {
         let status = fs::read_to_string(task?.path().join("status"))?;
         for (name, wanted) in HELD {
-            let line = status
-                .lines()
-                .find_map(|l| l.strip_prefix(name)?.strip_prefix(":\t"));
-            let found = line.unwrap_or_default();
+            let value = |l| str::strip_prefix(l, name)?.strip_prefix(":\t");
+            let found = status.lines().find_map(value).unwrap_or_default();
             if found != wanted {
                 let why = format!("confinement failed: {name} is {found}, not {wanted}");
                 return Err(io::Error::other(why));

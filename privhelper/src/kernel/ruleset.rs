@@ -41,8 +41,9 @@ const TABLE: &str = "
     set flows_$class mark count
 
     elements special4 0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12
-    elements special4 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15
-    elements special4 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
+    elements special4 192.0.0.0/24 192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24
+    elements special4 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24
+    elements special4 224.0.0.0/4 240.0.0.0/4
     // What is not global unicast, and what inside it is not an internet host's.
     elements special6 ::/3 2001::/23 2001:db8::/32 2002::/16 3fff::/20 4000::/2 8000::/1
     elements protocols4 1 6 17
