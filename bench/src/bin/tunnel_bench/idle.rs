@@ -6,6 +6,7 @@ use futures_util::stream::{self, StreamExt};
 use rvpn_lab::tunnel_client::{Session, Speech, Target, on};
 use rvpn_lab::{Gateway, Helper, Lab};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::cpu::{self, Who};
 
@@ -13,6 +14,8 @@ use crate::cpu::{self, Who};
 const AT_ONCE: usize = 64;
 /// For buffers that are given back when nothing comes.
 const SETTLE: Duration = Duration::from_secs(3);
+/// Between two looks at a connection on which nothing comes.
+const AGAIN: Duration = Duration::from_secs(10);
 /// In which nobody says anything.
 const WATCHED: Duration = Duration::from_secs(5);
 
@@ -72,7 +75,8 @@ pub(crate) fn cost(clients: usize) -> Cost {
                 loop {
                     tokio::select! {
                         _ = stopped.changed() => return,
-                        _ = session.rx.event() => {}
+                        // The laboratory fails one that waits too long in vain.
+                        _ = timeout(AGAIN, session.rx.event()) => {}
                     }
                 }
             }));
