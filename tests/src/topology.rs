@@ -118,6 +118,12 @@ fn go_private() {
     }
 }
 
+/// Puts a file in the place of another, for this test only.
+pub fn bind(file: &std::path::Path, over: &str) {
+    let none = None::<&str>;
+    mount(Some(file), over, none, MsFlags::MS_BIND, none).expect("bind");
+}
+
 impl Default for Lab {
     fn default() -> Lab {
         Lab::new()

@@ -92,14 +92,14 @@ fn ping_for_programs_and_its_statuses() {
 #[test]
 fn a_name_is_looked_up_at_the_gateway() {
     let lab = Lab::new();
-    // From here on `/etc` is this test's own, and the gateway's machine has it, too.
-    let phone = Machine::new(&lab, "phone", 10);
-    let hosts = format!("{UP4} one.test\n{UP6} one.test\n10.9.9.9 inside.test\n");
-    fs::write("/etc/hosts", hosts).expect("hosts");
-    fs::set_permissions("/etc/hosts", fs::Permissions::from_mode(0o644)).expect("mode");
+    // Of the gateway's machine, and in this test's own mounts only.
+    let hosts = lab.dir.join("hosts");
+    let names = format!("{UP4} one.test\n{UP6} one.test\n10.9.9.9 inside.test\n");
+    fs::write(&hosts, names).expect("hosts");
+    rvpn_lab::topology::bind(&hosts, "/etc/hosts");
     let helper = Helper::serving(&lab, "");
     let gateway = Gateway::start(&lab, &helper, "");
-    phone.join(&lab, &gateway, "phone", GW4);
+    let phone = Machine::joined(&lab, &gateway, "phone", 10);
     for (flag, address) in [("-4", UP4), ("-6", UP6)] {
         let said = phone.rvpn(&["ping", "one.test", flag, "-c", "1"]).good();
         assert!(said.contains(&format!("one.test ({address})")), "{said}");

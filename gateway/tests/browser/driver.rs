@@ -1,7 +1,7 @@
 //! Chromium without a screen, driven by WebDriver: HTTP and JSON to its driver.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -17,6 +17,8 @@ const DRIVER: &str = "127.0.0.1:9515";
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
 /// Longer than anything a page does here.
 const PATIENCE: Duration = Duration::from_secs(40);
+/// Browsers that are started before there is none.
+const ATTEMPTS: usize = 4;
 
 /// A browser with one window. It ends with this, and so does all it started.
 pub(crate) struct Browser<'a> {
@@ -27,9 +29,21 @@ pub(crate) struct Browser<'a> {
 }
 
 impl<'a> Browser<'a> {
-    /// On this machine of the laboratory.
+    /// On this machine of the laboratory. A browser that is not up within the
+    /// driver's ten seconds is given up by it; a slow machine gets further tries.
     pub(crate) fn start(lab: &Lab, machine: &'a Ns) -> Browser<'a> {
-        let home = lab.dir.join(format!("browser-{}", machine.name));
+        let mut said = String::new();
+        for attempt in 0..ATTEMPTS {
+            match Browser::attempt(lab, machine, attempt) {
+                Ok(browser) => return browser,
+                Err(why) => said = why,
+            }
+        }
+        panic!("no browser in {ATTEMPTS} attempts: {said}");
+    }
+
+    fn attempt(lab: &Lab, machine: &'a Ns, attempt: usize) -> Result<Browser<'a>, String> {
+        let home = lab.dir.join(format!("browser-{}-{attempt}", machine.name));
         fs::create_dir_all(&home).unwrap();
         let log = File::create(home.join("log")).unwrap();
         // In a process namespace of its own, whose first process takes all
@@ -72,9 +86,14 @@ impl<'a> Browser<'a> {
             "goog:chromeOptions": options,
             "goog:loggingPrefs": {"browser": "ALL"},
         }}});
-        let made = browser.call("POST", "/session", &wanted);
-        browser.session = format!("/session/{}", made["sessionId"].as_str().unwrap());
-        browser
+        let answer = machine.run(|| ask("POST", "/session", &wanted.to_string()));
+        let (status, answer) = answer.map_err(|e| e.to_string())?;
+        let made: Value = serde_json::from_str(&answer).unwrap();
+        match made["value"]["sessionId"].as_str() {
+            Some(session) if status == 200 => browser.session = format!("/session/{session}"),
+            _ => return Err(answer),
+        }
+        Ok(browser)
     }
 
     /// Goes to a page and waits until it is loaded.
@@ -152,7 +171,8 @@ impl<'a> Browser<'a> {
     }
 
     fn call(&self, method: &str, path: &str, body: &Value) -> Value {
-        let (status, answer) = self.machine.run(|| ask(method, path, &body.to_string()));
+        let answer = self.machine.run(|| ask(method, path, &body.to_string()));
+        let (status, answer) = answer.expect("the driver's answer");
         let mut answer: Value = serde_json::from_str(&answer).unwrap();
         assert_eq!(status, 200, "{method} {path} {body}: {answer}");
         answer["value"].take()
@@ -160,15 +180,15 @@ impl<'a> Browser<'a> {
 }
 
 /// One request, one answer: its status and body.
-fn ask(method: &str, path: &str, body: &str) -> (u16, String) {
-    let mut io = TcpStream::connect(DRIVER).unwrap();
-    io.set_read_timeout(Some(PATIENCE)).unwrap();
+fn ask(method: &str, path: &str, body: &str) -> io::Result<(u16, String)> {
+    let mut io = TcpStream::connect(DRIVER)?;
+    io.set_read_timeout(Some(3 * PATIENCE))?;
     let request = format!(
         "{method} {path} HTTP/1.1\r\nHost: {DRIVER}\r\nContent-Type: application/json\r\n\
          Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
         body.len()
     );
-    io.write_all(request.as_bytes()).unwrap();
+    io.write_all(request.as_bytes())?;
     let mut bytes = Vec::new();
     let mut piece = [0; 16 * 1024];
     loop {
@@ -181,11 +201,14 @@ fn ask(method: &str, path: &str, body: &str) -> (u16, String) {
                 found.then(|| value.trim().parse::<usize>().unwrap())
             });
             if length.is_some_and(|length| rest.len() >= length) {
-                return (status, rest.to_owned());
+                return Ok((status, rest.to_owned()));
             }
         }
-        let n = io.read(&mut piece).unwrap();
-        assert!(n > 0, "the driver closed after {text:?}");
+        let n = io.read(&mut piece)?;
+        if n == 0 {
+            let why = format!("the driver closed after {text:?}");
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
+        }
         bytes.extend(&piece[..n]);
     }
 }
