@@ -126,26 +126,7 @@ impl Journal {
 
     /// Writes it down, durably, before what it speaks of is done.
     pub(crate) fn write(&self) -> Outcome {
-        let dir = dir();
-        let path = Journal::path();
-        let write = || -> io::Result<()> {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(&dir)?;
-            let fresh = dir.join("journal.new");
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&fresh)?;
-            serde_json::to_writer(&mut file, self)?;
-            file.flush()?;
-            file.sync_all()?;
-            fs::rename(&fresh, &path)
-        };
-        write().while_doing(format_args!("write {}", path.display()))
+        write_whole(&Journal::path(), 0o755, self)
     }
 
     /// Sets a file of the kernel, to be put back later.
@@ -267,28 +248,32 @@ impl Lock {
     }
 }
 
+/// Writes it for root alone, whole or not at all, and durably.
+fn write_whole(path: &Path, mode: u32, value: &impl Serialize) -> Outcome {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let write = || -> io::Result<()> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(dir)?;
+        let fresh = path.with_extension("new");
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&fresh)?;
+        serde_json::to_writer(&mut file, value)?;
+        file.sync_all()?;
+        fs::rename(&fresh, path)
+    };
+    write().while_doing(format_args!("write {}", path.display()))
+}
+
 impl Resolvers {
     /// Keeps it where a restart of the machine does not reach.
     pub(super) fn keep(&self) -> Outcome {
-        let path = kept_path();
-        let dir = path.parent().unwrap_or(Path::new("/"));
-        let keep = || -> io::Result<()> {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(dir)?;
-            let fresh = path.with_extension("new");
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&fresh)?;
-            serde_json::to_writer(&mut file, self)?;
-            file.sync_all()?;
-            fs::rename(&fresh, &path)
-        };
-        keep().while_doing(format_args!("write {}", path.display()))
+        write_whole(&kept_path(), 0o700, self)
     }
 
     fn put_back(&self) -> Outcome {
