@@ -194,3 +194,48 @@ fn cli_06_a_machine_without_ipv6_stays_without() {
         assert_eq!(network(&phone.ns), before);
     }
 }
+
+/// Where a service manages the list, it is told of the tunnel and its file is
+/// left alone. The service is played by a program that writes down what it is asked.
+#[test]
+fn cli_06_a_service_that_manages_the_list_is_told() {
+    let Scene { lab, fake, phone } = &scene();
+    let service = Path::new("/run/systemd/resolve");
+    fs::create_dir_all(service).expect("directory");
+    fs::write(service.join("io.systemd.Resolve"), "").expect("its socket");
+    fs::write(service.join("stub-resolv.conf"), "nameserver 127.0.0.53\n").expect("its list");
+    fs::remove_file(LIST).expect("list");
+    symlink("../run/systemd/resolve/stub-resolv.conf", LIST).expect("link");
+    let programs = lab.dir.join("programs");
+    fs::create_dir(&programs).expect("directory");
+    let program = programs.join("resolvectl");
+    let script = format!("#!/bin/sh\necho \"$@\" >>{}/asked\n", service.display());
+    fs::write(&program, script).expect("program");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("mode");
+    let layers = format!("lowerdir={}:/usr/bin", programs.display());
+    let overlay = Some("overlay");
+    mount(
+        overlay,
+        "/usr/bin",
+        overlay,
+        MsFlags::empty(),
+        Some(layers.as_str()),
+    )
+    .expect("overlay");
+
+    let before = network(&phone.ns);
+    let up = phone.up_with(&fake.words(phone), &[]);
+    let asked = fs::read_to_string(service.join("asked")).expect("it was asked");
+    let servers = OURS.join(" ");
+    assert_eq!(
+        asked,
+        format!("dns rvpn0 {servers}\ndomain rvpn0 ~.\ndefault-route rvpn0 yes\n")
+    );
+    up.down();
+    assert_eq!(network(&phone.ns), before);
+    let link = fs::read_link(LIST).expect("still a link");
+    assert!(
+        link.ends_with("systemd/resolve/stub-resolv.conf"),
+        "{link:?}"
+    );
+}
