@@ -18,6 +18,7 @@ use rvpn_ipc::Class;
 use tokio::sync::watch;
 
 pub use self::io::{Counted, Io, Prefixed, Raw};
+use crate::auth::rights::Rights;
 use crate::config::Dialect;
 
 /// Names a token without being one: a hash of its `jti`, or of the token
@@ -67,6 +68,8 @@ pub struct Admission {
     pub peer: SocketAddr,
     /// The listener it came through, counted from zero in the configuration.
     pub listener: usize,
+    /// What it may serve to the world.
+    pub rights: Arc<Rights>,
     /// Turns true when the token, its key or its subject is revoked.
     pub revoked: watch::Receiver<bool>,
 }

@@ -14,6 +14,7 @@ pub mod devices;
 pub mod jwks;
 pub mod keys;
 pub mod live;
+pub mod rights;
 pub mod token;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,6 +28,7 @@ use self::credential::Credential;
 use self::devices::Devices;
 use self::keys::{KeyError, KeyRing};
 use self::live::{Live, Pass};
+use self::rights::Rights;
 use self::token::Accepted;
 use crate::admit::TokenId;
 use crate::config::{Config, Dialect};
@@ -94,6 +96,8 @@ pub struct Grant {
     pub expires_at: Option<SystemTime>,
     /// The helper's policy class.
     pub class: Class,
+    /// What it may serve.
+    pub rights: Arc<Rights>,
     /// Turns true when taken back.
     pub revoked: watch::Receiver<bool>,
     /// The place. Dropping it gives it up.
@@ -205,6 +209,7 @@ impl Gate {
             token_id: accepted.token_id,
             expires_at: accepted.expires_at,
             class: accepted.class,
+            rights: accepted.rights,
             revoked,
             pass,
         })

@@ -19,6 +19,7 @@ use std::time::Duration;
 use rvpn_ipc::Class;
 use rvpn_proto::control::Prefix;
 use rvpn_proto::dialect::{Dialect as Variant, Padding};
+use rvpn_proto::name::Pattern;
 
 pub use self::net::{Names, Network, host_of};
 pub use self::secret::Secret;
@@ -183,7 +184,7 @@ pub struct Legacy {
     /// HS256.
     pub secret: Secret,
     /// Names that its tokens may speak for.
-    pub domains: Vec<String>,
+    pub domains: Vec<Pattern>,
     /// The helper's policy class.
     pub class: Class,
 }

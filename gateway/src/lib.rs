@@ -17,6 +17,7 @@ pub mod meter;
 pub mod page;
 pub mod proxy;
 pub mod pump;
+pub mod serve;
 pub mod session;
 pub mod store;
 pub mod ticket;

@@ -165,6 +165,7 @@ impl Gateway {
             kind: Kind::Native,
             anonymous: false,
             class: 0,
+            rights: Default::default(),
             peer: "127.0.0.1:9".parse().unwrap(),
             listener: 0,
             revoked: self.revoke.subscribe(),

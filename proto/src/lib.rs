@@ -8,6 +8,7 @@ pub mod checksum;
 pub mod control;
 pub mod dialect;
 pub mod gso;
+pub mod name;
 pub mod nat;
 pub mod packet;
 pub mod queue;

@@ -290,6 +290,7 @@ async fn connect(sessions: &Sessions, revoke: &watch::Sender<bool>) -> Client {
             kind: Kind::Native,
             anonymous: false,
             class: 0,
+            rights: Default::default(),
             peer,
             listener: 0,
             revoked: revoke.subscribe(),

@@ -13,6 +13,7 @@ use aws_lc_rs::signature::{
 use jsonwebtoken::jwk::{Jwk, JwkSet, KeyAlgorithm, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, DecodingKeyKind, EncodingKey, crypto};
 use rvpn_ipc::Class;
+use rvpn_proto::name::Pattern;
 
 use super::jwks::Remote;
 use super::token::Verifier;
@@ -60,6 +61,7 @@ pub(super) struct Block {
     pub(super) account: Arc<str>,
     pub(super) key: DecodingKey,
     pub(super) class: Class,
+    pub(super) names: Vec<Pattern>,
     secret: config::Secret,
 }
 
@@ -91,6 +93,7 @@ impl KeyRing {
                 account: Arc::clone(&block.account),
                 key: DecodingKey::from_secret(block.secret.bytes()),
                 class: block.class,
+                names: block.domains.clone(),
                 secret: block.secret.clone(),
             });
         }

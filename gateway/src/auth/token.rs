@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::devices::Devices;
 use super::keys::KeyRing;
+use super::rights::Rights;
 use super::{Denied, at, base64};
 use crate::admit::TokenId;
 use crate::config::check::is_name;
@@ -43,6 +44,8 @@ pub struct Accepted {
     pub expires_at: Option<SystemTime>,
     /// The helper's policy class.
     pub class: Class,
+    /// What it may serve.
+    pub rights: Arc<Rights>,
 }
 
 /// The claims that count. Anything of another type than it should be is
@@ -54,6 +57,9 @@ struct Claims {
     nbf: Option<u64>,
     iat: Option<u64>,
     jti: Option<String>,
+    domains: Option<Vec<String>>,
+    name: Option<String>,
+    ports: Option<Vec<u16>>,
 }
 
 /// A key and what it is good for.
@@ -106,6 +112,7 @@ impl Accepted {
             token_id: TokenId([0; 16]),
             expires_at: None,
             class,
+            rights: Arc::default(),
         }
     }
 }
@@ -163,6 +170,14 @@ impl KeyRing {
         let claims = read(token, &block.key, &bare(Algorithm::HS256))?;
         check_times(&claims, now)?;
         let subject = claims.sub.as_deref().map(subject).transpose()?;
+        let Claims {
+            domains,
+            name,
+            ports,
+            ..
+        } = &claims;
+        let rights = Rights::claimed(domains.as_deref(), name.as_deref(), ports.as_deref())?;
+        let rights = rights.within(&block.names);
         Ok(Accepted {
             account: Arc::clone(&block.account),
             subject: subject.unwrap_or_else(|| Arc::clone(&block.account)),
@@ -171,6 +186,7 @@ impl KeyRing {
             device: None,
             expires_at: claims.exp.and_then(|exp| at(exp.saturating_add(LEEWAY))),
             class: block.class,
+            rights: Arc::new(rights),
         })
     }
 
@@ -243,6 +259,8 @@ fn by_key(token: &str, key: &Verifier, now: u64) -> Result<Accepted, Denied> {
         // Accounts that others have without a token of this kind.
         return Err(Denied::Claims);
     }
+    // `name` is a person's with many issuers.
+    let rights = Rights::claimed(claims.domains.as_deref(), None, claims.ports.as_deref())?;
     Ok(Accepted {
         subject: Arc::clone(&account),
         account,
@@ -251,6 +269,7 @@ fn by_key(token: &str, key: &Verifier, now: u64) -> Result<Accepted, Denied> {
         device: None,
         expires_at: at(exp.saturating_add(LEEWAY)),
         class: key.class,
+        rights: Arc::new(rights),
     })
 }
 
@@ -288,6 +307,8 @@ fn by_device(
         // up to its registration.
         expires_at: stored.expires.and_then(at),
         class: stored.class,
+        // What a device signs itself gives it no names.
+        rights: Arc::default(),
     })
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rvpn_proto::control::{self, Prefix};
 use rvpn_proto::dialect::{Dialect as Variant, Noise, Padding};
+use rvpn_proto::name::Pattern;
 
 use super::raw::{self, Raw};
 use super::{
@@ -301,14 +302,9 @@ fn one_legacy(raw: raw::Legacy, base: &Path) -> Checked<Legacy> {
     }
     let mut domains = Vec::new();
     for domain in raw.domains {
-        let bare = domain.strip_prefix("*.").unwrap_or(&domain);
-        match host_of(bare) {
-            Some((host, None)) => domains.push(match domain.starts_with("*.") {
-                true => format!("*.{host}"),
-                false => host,
-            }),
-            _ => return Err(wrong(&format!("\"{domain}\" is not a domain"))),
-        }
+        let pattern = Pattern::parse(&domain)
+            .map_err(|why| wrong(&format!("\"{domain}\" is no domain: {why}")))?;
+        domains.push(pattern);
     }
     Ok(Legacy {
         account: format!("legacy:{name}").into(),

@@ -44,6 +44,7 @@ impl Asked<'_> {
             token_id,
             expires_at,
             class,
+            rights,
             revoked,
             pass,
         } = grant;
@@ -55,6 +56,7 @@ impl Asked<'_> {
             kind,
             anonymous,
             class,
+            rights,
             peer: SocketAddr::new(self.address, self.visitor.peer.port()),
             listener: self.visitor.listener,
             revoked,

@@ -74,6 +74,7 @@ impl Lab {
             kind: Kind::Native,
             anonymous: false,
             class: 0,
+            rights: Default::default(),
             peer: "127.0.0.1:9".parse().unwrap(),
             listener: 0,
             revoked: self.revoke.subscribe(),
