@@ -20,6 +20,8 @@ use tokio::sync::watch;
 pub use self::io::{Counted, Io, Prefixed, Raw};
 use crate::auth::rights::Rights;
 use crate::config::Dialect;
+use crate::cores::CoreId;
+use crate::serve::table::Table;
 
 /// Names a token without being one: a hash of its `jti`, or of the token
 /// itself if it has none.
@@ -79,6 +81,12 @@ pub trait Sessions: Send + Sync + 'static {
     /// Takes a connection for its whole life. The 101 is sent; `read_ahead` is
     /// what already arrived behind the upgrade. Must not block.
     fn admit(&self, admission: Admission, io: Io, read_ahead: Bytes);
+
+    /// Who among them serves what.
+    fn table(&self) -> Arc<Table>;
+
+    /// Runs a visitor's task on the core of the client that serves it.
+    fn run(&self, core: CoreId, task: Pin<Box<dyn Future<Output = ()> + Send>>);
 
     /// Whether a client that comes now can be served, and if not, why.
     fn ready(&self) -> Result<(), String>;

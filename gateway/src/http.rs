@@ -40,6 +40,7 @@ use crate::auth::live::Pass;
 use crate::config::Config;
 use crate::demo::{self, Audience, Guest};
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
+use crate::serve::table::Table;
 use crate::tls::Tls;
 
 /// A request's line and headers together.
@@ -59,6 +60,8 @@ pub struct Front {
     pub tls: Arc<Tls>,
     /// Where those go who are.
     pub sessions: Arc<dyn Sessions>,
+    /// Who serves what to the world.
+    pub table: Arc<Table>,
     /// Who came for the demonstration.
     pub audience: Audience,
     /// Strangers.
@@ -85,6 +88,7 @@ impl Front {
             config: ArcSwap::new(config),
             gate,
             tls,
+            table: sessions.table(),
             sessions,
             audience: Audience::default(),
             pending: Arc::default(),

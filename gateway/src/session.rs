@@ -28,11 +28,12 @@ use self::begin::Arrival;
 use self::hub::Hub;
 use self::transport::Socket;
 use crate::admit::{self, Admission, Io, Kind};
-use crate::cores::{Cores, Seat};
+use crate::cores::{CoreId, Cores, Seat};
 use crate::dialects::Older;
 use crate::fd;
 use crate::helper::Helper;
 use crate::meter::Meter;
+use crate::serve::table::Table;
 use crate::ticket::{Holder, TicketKey};
 
 /// What the operator decides about sessions.
@@ -54,6 +55,8 @@ pub struct Shared {
     pub meter: Arc<Meter>,
     pub tickets: TicketKey,
     pub settings: Settings,
+    /// Who serves what to the world.
+    pub table: Arc<Table>,
     /// For what must not run on a data core, such as resolving names.
     pub control: Handle,
     spread: AtomicU64,
@@ -75,6 +78,7 @@ impl Shared {
             meter,
             tickets,
             settings,
+            table: Arc::default(),
             control: Handle::current(),
             spread: AtomicU64::new(0),
         })
@@ -151,6 +155,14 @@ impl admit::Sessions for Sessions {
             let socket = Socket::accept(io, read_ahead).await;
             shared.begin(admission, socket, seat).await;
         });
+    }
+
+    fn table(&self) -> Arc<Table> {
+        Arc::clone(&self.0.table)
+    }
+
+    fn run(&self, core: CoreId, task: Pin<Box<dyn Future<Output = ()> + Send>>) {
+        self.0.cores.spawn(core, task);
     }
 
     fn ready(&self) -> Result<(), String> {

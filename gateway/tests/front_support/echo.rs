@@ -8,6 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use rvpn_gateway::admit::{Admission, Io, Sessions};
+use rvpn_gateway::cores::CoreId;
+use rvpn_gateway::serve::table::Table;
 use tokio::sync::Notify;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -26,6 +28,7 @@ struct Inner {
     admitted: Mutex<Vec<Admission>>,
     live: AtomicUsize,
     changed: Notify,
+    table: Arc<Table>,
 }
 
 impl Echo {
@@ -74,6 +77,14 @@ impl Sessions for Echo {
             inner.live.fetch_sub(1, Ordering::SeqCst);
             inner.changed.notify_waiters();
         });
+    }
+
+    fn table(&self) -> Arc<Table> {
+        Arc::clone(&self.inner.table)
+    }
+
+    fn run(&self, _: CoreId, task: Pin<Box<dyn Future<Output = ()> + Send>>) {
+        tokio::spawn(task);
     }
 
     fn ready(&self) -> Result<(), String> {
