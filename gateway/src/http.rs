@@ -88,11 +88,13 @@ impl Front {
         sessions: Arc<dyn Sessions>,
     ) -> Arc<Front> {
         let handshakes = Semaphore::new(config.limits.handshakes);
+        let table = sessions.table();
+        table.configure(config.serve.clone());
         Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
-            table: sessions.table(),
+            table,
             sessions,
             audience: Audience::default(),
             pending: Arc::default(),
@@ -111,6 +113,7 @@ impl Front {
 
     /// Puts another in force, for requests from now on.
     pub fn configure(&self, config: Arc<Config>) {
+        self.table.configure(config.serve.clone());
         self.config.store(config);
     }
 
