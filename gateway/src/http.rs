@@ -41,6 +41,7 @@ use crate::auth::live::Pass;
 use crate::config::Config;
 use crate::demo::{self, Audience, Guest};
 use crate::front::listeners::Listeners;
+use crate::front::ports::Ports;
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
 use crate::serve::table::Table;
 use crate::tls::Tls;
@@ -90,7 +91,7 @@ impl Front {
         let handshakes = Semaphore::new(config.limits.handshakes);
         let table = sessions.table();
         table.configure(config.serve.clone());
-        Arc::new(Front {
+        let front = Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
@@ -103,7 +104,9 @@ impl Front {
             handshakes,
             listeners: Listeners::default(),
             stopping: AtomicBool::new(false),
-        })
+        });
+        front.table.listen_by(Arc::new(Ports::of(&front)));
+        front
     }
 
     /// The configuration in force.
