@@ -13,4 +13,5 @@ pub mod nat;
 pub mod packet;
 pub mod queue;
 pub mod record;
+pub mod streams;
 pub mod validate;
