@@ -203,7 +203,7 @@ async fn dress(
     let deadline = Instant::now() + limit;
     let handshake = async {
         let greeting = LazyConfigAcceptor::new(Acceptor::default(), raw).await?;
-        let mut answer = pin!(greeting.into_stream(front.tls.config()));
+        let mut answer = pin!(greeting.into_stream(front.tls.of(None)));
         // The costly part is the first turn, in which keys are agreed on and
         // signed for. Whoever then says nothing holds no permit.
         let permit = front.handshakes.acquire().await.map_err(io::Error::other)?;

@@ -10,6 +10,7 @@ pub mod dialect;
 pub mod gso;
 pub mod name;
 pub mod nat;
+pub mod packer;
 pub mod packet;
 pub mod queue;
 pub mod record;

@@ -171,7 +171,8 @@ fn lock_in(path: &Path, config: &Config) -> Result<(), Failure> {
     // A reload looks up the users that the configuration names.
     read.extend(["/etc/passwd", "/etc/group"].map(PathBuf::from));
     read.extend(beside(path));
-    if let Some(files) = &config.certificate {
+    let named = config.certificates.iter().map(|c| &c.files);
+    for files in config.certificate.iter().chain(named) {
         read.extend(beside(&files.chain));
         read.extend(beside(&files.key));
     }
