@@ -102,12 +102,7 @@ async fn read_hello(socket: &mut Socket) -> Result<Hello, Option<(u16, &'static 
 }
 
 /// Says why, and closes.
-async fn part(
-    mut socket: Socket,
-    code: u16,
-    reason: &'static str,
-    retry_after: Option<Duration>,
-) {
+async fn part(mut socket: Socket, code: u16, reason: &'static str, retry_after: Option<Duration>) {
     let parting = async {
         if let Some(message) = goodbye(code, reason, retry_after) {
             drop(socket.send(message).await);
@@ -181,7 +176,13 @@ async fn settle(
 
     let outside = outside(&admission);
     let welcome = welcome(id, keepalive, &admission);
-    let desk = Desk::new(place, Arc::clone(&client), admission.rights, via, hello.instance);
+    let desk = Desk::new(
+        place,
+        Arc::clone(&client),
+        admission.rights,
+        via,
+        hello.instance,
+    );
     let mut drive = Drive::new(
         &mut socket,
         mux.clone(),

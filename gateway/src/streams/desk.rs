@@ -6,8 +6,7 @@ use std::time::Duration;
 use rvpn_proto::control::{ControlError, ErrorNotice, Goodbye, Stage};
 use rvpn_proto::name::Pattern;
 use rvpn_proto::streams::{
-    Counts, Ending as Wished, Message as Control, OFFERS, Offered, Serve, ServedAs, Serving,
-    Turned,
+    Counts, Ending as Wished, Message as Control, OFFERS, Offered, Serve, ServedAs, Serving, Turned,
 };
 use tokio_tungstenite::tungstenite::Message;
 use tracing::{info, warn};
@@ -93,7 +92,13 @@ impl Desk {
         let id = serve.id;
         encode(&match self.judge(serve) {
             Ok(at) => {
-                info!(id, service = serve.service.as_str(), name = at.name, port = at.port, "served");
+                info!(
+                    id,
+                    service = serve.service.as_str(),
+                    name = at.name,
+                    port = at.port,
+                    "served"
+                );
                 Control::Serving(Serving { id, at })
             }
             Err((code, text, remedy)) => {
@@ -123,12 +128,15 @@ impl Desk {
         self.withdraw(serve.id);
         let fits = matches!(
             (serve.service, serve.ending),
-            (_, None) | (Offered::Http, Some(Wished::Gateway)) | (Offered::Tls, Some(Wished::Client))
+            (_, None)
+                | (Offered::Http, Some(Wished::Gateway))
+                | (Offered::Tls, Some(Wished::Client))
         );
         if !fits {
             return Err((
                 "ending",
-                "TLS of what is served as http ends at the gateway, of tls at the client".to_owned(),
+                "TLS of what is served as http ends at the gateway, of tls at the client"
+                    .to_owned(),
                 "leave it out".to_owned(),
             ));
         }
@@ -146,7 +154,8 @@ impl Desk {
         };
         let taken = |pattern: &Pattern| {
             self.client.lines(|lines| {
-                let same = |l: &Line| l.service == serve.service && l.pattern.as_ref() == Some(pattern);
+                let same =
+                    |l: &Line| l.service == serve.service && l.pattern.as_ref() == Some(pattern);
                 lines.iter().any(same)
             })
         };
@@ -183,7 +192,10 @@ impl Desk {
                 [] => "ask for a token or invite with ports".to_owned(),
                 ports => {
                     let some = ports.iter().take(MENTIONED).map(u16::to_string);
-                    format!("this login may serve on: {}", some.collect::<Vec<_>>().join(", "))
+                    format!(
+                        "this login may serve on: {}",
+                        some.collect::<Vec<_>>().join(", ")
+                    )
                 }
             };
             ("port", text, remedy)
@@ -207,7 +219,9 @@ impl Desk {
         };
         // Something else of this client may have the same name.
         let still: Vec<Line> = self.client.lines(|lines| {
-            let same = lines.iter().filter(|l| l.pattern.as_ref() == Some(&pattern));
+            let same = lines
+                .iter()
+                .filter(|l| l.pattern.as_ref() == Some(&pattern));
             same.cloned().collect()
         });
         self.place.withdraw(&pattern);
@@ -233,7 +247,10 @@ impl Desk {
             [] => "ask for a token or invite with names".to_owned(),
             names => {
                 let some = names.iter().take(MENTIONED).map(Pattern::to_string);
-                format!("this login may serve: {}", some.collect::<Vec<_>>().join(", "))
+                format!(
+                    "this login may serve: {}",
+                    some.collect::<Vec<_>>().join(", ")
+                )
             }
         }
     }
