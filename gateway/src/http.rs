@@ -26,7 +26,11 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rvpn_proto::control::SUBPROTOCOL;
+<<<<<<< HEAD
 use rvpn_proto::streams;
+=======
+use rvpn_proto::name::Name;
+>>>>>>> main
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -40,6 +44,7 @@ use crate::auth::Gate;
 use crate::auth::live::Pass;
 use crate::config::Config;
 use crate::demo::{self, Audience, Guest};
+use crate::front::listeners::Listeners;
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
 use crate::serve::table::Table;
 use crate::tls::Tls;
@@ -73,6 +78,8 @@ pub struct Front {
     pub refusals: Refusals,
     /// TLS handshakes at once.
     pub handshakes: Semaphore,
+    /// Where people come in.
+    pub listeners: Listeners,
     stopping: AtomicBool,
 }
 
@@ -85,17 +92,20 @@ impl Front {
         sessions: Arc<dyn Sessions>,
     ) -> Arc<Front> {
         let handshakes = Semaphore::new(config.limits.handshakes);
+        let table = sessions.table();
+        table.configure(config.serve.clone());
         Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
-            table: sessions.table(),
+            table,
             sessions,
             audience: Audience::default(),
             pending: Arc::default(),
             failures: Failures::new(),
             refusals: Refusals::new(Instant::now()),
             handshakes,
+            listeners: Listeners::default(),
             stopping: AtomicBool::new(false),
         })
     }
@@ -107,6 +117,7 @@ impl Front {
 
     /// Puts another in force, for requests from now on.
     pub fn configure(&self, config: Arc<Config>) {
+        self.table.configure(config.serve.clone());
         self.config.store(config);
     }
 
@@ -131,7 +142,7 @@ impl Front {
 }
 
 /// Who connects, as far as is known before a login.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Visitor {
     /// The address behind a proxy that said so by PROXY v2.
     pub peer: SocketAddr,
@@ -139,6 +150,10 @@ pub struct Visitor {
     pub believed: bool,
     /// Which listener it came through.
     pub listener: usize,
+    /// The port it came to.
+    pub port: u16,
+    /// Whom it asked for when TLS ended here, if it did and said so.
+    pub asked: Option<Name>,
 }
 
 impl Visitor {
@@ -170,6 +185,7 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let let_in: Let = Arc::default();
     let service = service_fn(|request| {
         let (front, let_in) = (Arc::clone(&front), Arc::clone(&let_in));
+        let visitor = visitor.clone();
         let answer: Pin<Box<dyn Future<Output = Result<Answer, Infallible>> + Send>> =
             Box::pin(async move {
                 let answered = respond(&front, request, visitor, tls, &let_in).await;

@@ -14,5 +14,6 @@ pub mod packer;
 pub mod packet;
 pub mod queue;
 pub mod record;
+pub mod sniff;
 pub mod streams;
 pub mod validate;
