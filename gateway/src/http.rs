@@ -26,11 +26,8 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rvpn_proto::control::SUBPROTOCOL;
-<<<<<<< HEAD
-use rvpn_proto::streams;
-=======
 use rvpn_proto::name::Name;
->>>>>>> main
+use rvpn_proto::streams;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -257,7 +254,7 @@ async fn respond(
             let (kind, protocol) = if request::offers(&head.headers, SUBPROTOCOL) {
                 (Kind::Native, SUBPROTOCOL)
             } else if request::offers(&head.headers, streams::SUBPROTOCOL) {
-                let via = host.via(tls || visitor.believed);
+                let via = host.via(tls || asked.visitor.believed);
                 (Kind::Streams(Arc::new(via)), streams::SUBPROTOCOL)
             } else {
                 return Err(Refusal::new(

@@ -171,18 +171,13 @@ async fn settle(
         peer: admission.peer,
         carrier: Arc::clone(&client) as Arc<dyn crate::serve::Carrier>,
     };
-    let place = shared.table.join(server);
+    let place = shared.table.join(server.clone());
     info!("client came to serve");
 
     let outside = outside(&admission);
     let welcome = welcome(id, keepalive, &admission);
-    let desk = Desk::new(
-        place,
-        Arc::clone(&client),
-        admission.rights,
-        via,
-        hello.instance,
-    );
+    let (answers, answer_rx) = mpsc::channel(OFFERS);
+    let desk = Desk::new(place, client, &server, via, shared.control.clone(), answers);
     let mut drive = Drive::new(
         &mut socket,
         mux.clone(),
@@ -190,6 +185,7 @@ async fn settle(
         row,
         order_rx,
         notice_rx,
+        answer_rx,
         outside,
         control::patience(keepalive),
     );

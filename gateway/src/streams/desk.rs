@@ -8,15 +8,18 @@ use rvpn_proto::name::Pattern;
 use rvpn_proto::streams::{
     Counts, Ending as Wished, Message as Control, OFFERS, Offered, Serve, ServedAs, Serving, Turned,
 };
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
 use tokio_tungstenite::tungstenite::Message;
 use tracing::{info, warn};
 
 use super::carrier::{Client, Line};
-use super::names::{self, NoName};
+use super::names;
 use crate::admit::Via;
 use crate::auth::rights::Rights;
 use crate::serve::Service;
-use crate::serve::table::{Ending, Offer, Place, Refused};
+use crate::serve::names::Unclear;
+use crate::serve::table::{Ending, Offer, Place, Refused, Server};
 use crate::session::drive::End;
 
 /// Names that a refusal mentions.
@@ -24,11 +27,15 @@ const MENTIONED: usize = 5;
 
 /// Answers the control messages of one client.
 pub(super) struct Desk {
-    place: Place,
+    place: Arc<Place>,
     client: Arc<Client>,
+    account: Arc<str>,
+    instance: Arc<str>,
     rights: Arc<Rights>,
     via: Arc<Via>,
-    instance: String,
+    /// Where ports are opened, never on a data core, and the answers go.
+    runtime: Handle,
+    answers: mpsc::Sender<Message>,
     told: Counts,
 }
 
@@ -39,16 +46,20 @@ impl Desk {
     pub(super) fn new(
         place: Place,
         client: Arc<Client>,
-        rights: Arc<Rights>,
+        server: &Server,
         via: Arc<Via>,
-        instance: String,
+        runtime: Handle,
+        answers: mpsc::Sender<Message>,
     ) -> Desk {
         Desk {
-            place,
+            place: Arc::new(place),
             client,
-            rights,
+            account: Arc::clone(&server.account),
+            instance: Arc::clone(&server.instance),
+            rights: Arc::clone(&server.rights),
             via,
-            instance,
+            runtime,
+            answers,
             told: Counts::default(),
         }
     }
@@ -89,31 +100,15 @@ impl Desk {
     }
 
     fn serve(&self, serve: &Serve) -> Option<Message> {
-        let id = serve.id;
-        encode(&match self.judge(serve) {
-            Ok(at) => {
-                info!(
-                    id,
-                    service = serve.service.as_str(),
-                    name = at.name,
-                    port = at.port,
-                    "served"
-                );
-                Control::Serving(Serving { id, at })
-            }
-            Err((code, text, remedy)) => {
-                info!(id, service = serve.service.as_str(), code, "not served");
-                Control::Refused(Turned {
-                    id,
-                    code: code.to_owned(),
-                    text: cut(&text),
-                    remedy: cut(&remedy),
-                })
-            }
-        })
+        match self.judge(serve) {
+            Ok(None) => None,
+            Ok(Some(at)) => answer(serve, Ok(at)),
+            Err(no) => answer(serve, Err(no)),
+        }
     }
 
-    fn judge(&self, serve: &Serve) -> Result<ServedAs, No> {
+    /// Where it is served; nothing if that is said later.
+    fn judge(&self, serve: &Serve) -> Result<Option<ServedAs>, No> {
         let room = self
             .client
             .lines(|lines| lines.len() < OFFERS || lines.iter().any(|l| l.id == serve.id));
@@ -141,16 +136,16 @@ impl Desk {
             ));
         }
         match serve.service {
-            Offered::Tcp => self.port(serve),
-            Offered::Http | Offered::Tls | Offered::Ssh => self.name(serve),
+            Offered::Tcp => self.port(serve).map(|()| None),
+            Offered::Http | Offered::Tls | Offered::Ssh => self.name(serve).map(Some),
         }
     }
 
     fn name(&self, serve: &Serve) -> Result<ServedAs, No> {
-        let (service, ending, scheme) = match serve.service {
-            Offered::Http => (Service::Http, Ending::Here, names::web(&self.via)),
-            Offered::Tls => (Service::Https, Ending::There, "https"),
-            _ => (Service::Ssh, Ending::There, "ssh"),
+        let scheme = match serve.service {
+            Offered::Http => names::web(&self.via),
+            Offered::Tls => "https",
+            _ => "ssh",
         };
         let taken = |pattern: &Pattern| {
             self.client.lines(|lines| {
@@ -160,16 +155,12 @@ impl Desk {
             })
         };
         let label = names::own_label(&self.instance, serve.id);
-        let pattern = names::meant(serve.name.as_deref(), &self.rights.names, &label, taken)
-            .map_err(|why| self.no_name(serve.name.as_deref(), &why))?;
-        let offer = Offer {
-            pattern: pattern.clone(),
-            service: Some(service),
-            ending,
-        };
+        let wish = serve.name.as_deref();
+        let pattern = names::meant(&self.rights, &self.account, wish, &label, taken)
+            .map_err(|why| self.unclear(&why))?;
         self.place
-            .offer(offer)
-            .map_err(|refused| self.refused(&refused))?;
+            .offer(offer(pattern.clone(), serve.service))
+            .map_err(|why| refused(&self.rights, &why))?;
         self.client.lines(|lines| {
             lines.push(Line {
                 id: serve.id,
@@ -186,27 +177,41 @@ impl Desk {
         })
     }
 
-    fn port(&self, serve: &Serve) -> Result<ServedAs, No> {
-        let no = |text: String| {
-            let remedy = match self.rights.ports.as_slice() {
-                [] => "ask for a token or invite with ports".to_owned(),
-                ports => {
-                    let some = ports.iter().take(MENTIONED).map(u16::to_string);
-                    format!(
-                        "this login may serve on: {}",
-                        some.collect::<Vec<_>>().join(", ")
-                    )
+    fn port(&self, serve: &Serve) -> Result<(), No> {
+        let Some(port) = serve.port.or(self.rights.ports.first().copied()) else {
+            let text = "this login may serve on no port".to_owned();
+            return Err(("port", text, ports(&self.rights)));
+        };
+        let line = Line {
+            id: serve.id,
+            service: serve.service,
+            pattern: None,
+            port: Some(port),
+        };
+        // Its first visitor may come before the answer is on its way.
+        self.client.lines(|lines| lines.push(line));
+        let (place, client) = (Arc::clone(&self.place), Arc::clone(&self.client));
+        let (rights, via) = (Arc::clone(&self.rights), Arc::clone(&self.via));
+        let (serve, answers) = (serve.clone(), self.answers.clone());
+        self.runtime.spawn(async move {
+            let opened = place.listen(port).await;
+            let said = match opened {
+                Ok(()) => Ok(ServedAs {
+                    name: None,
+                    port: Some(port),
+                    urls: vec![names::url("tcp", &via.host, port)],
+                }),
+                Err(why) => {
+                    client.lines(|lines| lines.retain(|l| l.id != serve.id));
+                    Err(refused(&rights, &why))
                 }
             };
-            ("port", text, remedy)
-        };
-        let Some(port) = serve.port.or(self.rights.ports.first().copied()) else {
-            return Err(no("this login may serve on no port".to_owned()));
-        };
-        if !self.rights.port(port) {
-            return Err(no(format!("port {port} is not among those of this login")));
-        }
-        Err(no(format!("port {port} is not open here")))
+            if let Some(message) = answer(&serve, said) {
+                // A session that ended does without.
+                drop(answers.send(message).await);
+            }
+        });
+        Ok(())
     }
 
     fn withdraw(&self, id: u32) {
@@ -214,84 +219,109 @@ impl Desk {
             let at = lines.iter().position(|l| l.id == id)?;
             Some(lines.swap_remove(at))
         });
-        let Some(pattern) = gone.and_then(|line| line.pattern) else {
+        let Some(gone) = gone else {
             return;
         };
-        // Something else of this client may have the same name.
-        let still: Vec<Line> = self.client.lines(|lines| {
-            let same = lines
-                .iter()
-                .filter(|l| l.pattern.as_ref() == Some(&pattern));
-            same.cloned().collect()
-        });
-        self.place.withdraw(&pattern);
+        // Something else of this client may be served under the same.
+        let same = |l: &&Line| l.pattern == gone.pattern && l.port == gone.port;
+        let still: Vec<Line> = self
+            .client
+            .lines(|lines| lines.iter().filter(same).cloned().collect());
+        match (&gone.pattern, gone.port) {
+            (Some(pattern), _) => self.place.withdraw(pattern),
+            (None, Some(port)) if still.is_empty() => self.place.withdraw_port(port),
+            (None, _) => {}
+        }
         for line in still {
-            let (service, ending) = match line.service {
-                Offered::Http => (Service::Http, Ending::Here),
-                Offered::Tls => (Service::Https, Ending::There),
-                _ => (Service::Ssh, Ending::There),
-            };
-            let again = Offer {
-                pattern: pattern.clone(),
-                service: Some(service),
-                ending,
-            };
-            if let Err(error) = self.place.offer(again) {
+            if let Some(pattern) = line.pattern
+                && let Err(error) = self.place.offer(offer(pattern, line.service))
+            {
                 warn!(%error, "a name is not offered any more");
             }
         }
     }
 
-    fn allowed(&self) -> String {
-        match self.rights.names.as_slice() {
-            [] => "ask for a token or invite with names".to_owned(),
-            names => {
-                let some = names.iter().take(MENTIONED).map(Pattern::to_string);
-                format!(
-                    "this login may serve: {}",
-                    some.collect::<Vec<_>>().join(", ")
-                )
-            }
-        }
-    }
-
-    fn no_name(&self, wish: Option<&str>, why: &NoName) -> No {
-        let wish = wish.unwrap_or("");
-        match why {
-            NoName::NotAName => (
-                "name",
-                format!("'{wish}' is not a host name"),
-                "write it like app or app.example.org".to_owned(),
-            ),
-            NoName::None => (
-                "claim",
-                "this login may serve no names".to_owned(),
-                self.allowed(),
-            ),
-            NoName::AllTaken => (
-                "limit",
-                "all names of this login are served by this client already".to_owned(),
-                "say with --name which one to use, or ask for more names".to_owned(),
-            ),
-            NoName::NothingAbove => (
-                "claim",
-                format!("this login may serve nothing that '{wish}' could be a part of"),
-                self.allowed(),
-            ),
-        }
-    }
-
-    fn refused(&self, refused: &Refused) -> No {
-        let (code, remedy) = match refused {
-            Refused::Claim(_) => ("claim", self.allowed()),
-            Refused::Reserved(_) => ("reserved", "use another name".to_owned()),
-            Refused::Taken(_) => (
-                "taken",
-                "use another name, or ask the operator whose it is".to_owned(),
-            ),
+    fn unclear(&self, why: &Unclear) -> No {
+        let code = match why {
+            Unclear::NotAName(..) => "name",
+            Unclear::Nothing(_) | Unclear::NotYours(_) | Unclear::Several(..) => "claim",
         };
-        (code, refused.to_string(), remedy)
+        (code, why.to_string(), allowed(&self.rights))
     }
+}
+
+/// As the table has it.
+fn offer(pattern: Pattern, service: Offered) -> Offer {
+    let (service, ending) = match service {
+        Offered::Http => (Service::Http, Ending::Here),
+        Offered::Tls => (Service::Https, Ending::There),
+        Offered::Ssh | Offered::Tcp => (Service::Ssh, Ending::There),
+    };
+    Offer {
+        pattern,
+        service: Some(service),
+        ending,
+        // The client is told of every visitor anyway.
+        proxy: false,
+    }
+}
+
+fn answer(serve: &Serve, said: Result<ServedAs, No>) -> Option<Message> {
+    let (id, service) = (serve.id, serve.service.as_str());
+    encode(&match said {
+        Ok(at) => {
+            info!(id, service, name = at.name, port = at.port, "served");
+            Control::Serving(Serving { id, at })
+        }
+        Err((code, text, remedy)) => {
+            info!(id, service, code, "not served");
+            Control::Refused(Turned {
+                id,
+                code: code.to_owned(),
+                text: cut(&text),
+                remedy: cut(&remedy),
+            })
+        }
+    })
+}
+
+fn allowed(rights: &Rights) -> String {
+    match rights.names.as_slice() {
+        [] => "ask for a token or invite with names".to_owned(),
+        names => {
+            let some = names.iter().take(MENTIONED).map(Pattern::to_string);
+            let some = some.collect::<Vec<_>>().join(", ");
+            format!("this login may serve: {some}")
+        }
+    }
+}
+
+fn ports(rights: &Rights) -> String {
+    match rights.ports.as_slice() {
+        [] => "ask for a token or invite with ports".to_owned(),
+        ports => {
+            let some = ports.iter().take(MENTIONED).map(u16::to_string);
+            let some = some.collect::<Vec<_>>().join(", ");
+            format!("this login may serve on: {some}")
+        }
+    }
+}
+
+fn refused(rights: &Rights, refused: &Refused) -> No {
+    let (code, remedy) = match refused {
+        Refused::Claim(_) => ("claim", allowed(rights)),
+        Refused::Reserved(_) => ("reserved", "use another name".to_owned()),
+        Refused::Taken(_) => (
+            "taken",
+            "use another name, or ask the operator whose it is".to_owned(),
+        ),
+        Refused::Port(_) => ("port", ports(rights)),
+        Refused::PortTaken(_) => ("taken", "use another port".to_owned()),
+        Refused::PortFault(..) => ("fault", "ask the operator, or use another port".to_owned()),
+        Refused::TooMany(_) => ("limit", "serve less by one client".to_owned()),
+        Refused::NoRoom(_) => ("limit", "try again later, or ask the operator".to_owned()),
+    };
+    (code, refused.to_string(), remedy)
 }
 
 /// What fits a message for people.

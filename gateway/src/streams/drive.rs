@@ -45,6 +45,8 @@ pub(super) struct Drive<'a> {
     totals: Totals,
     orders: mpsc::Receiver<Order>,
     notices: mpsc::Receiver<Notice>,
+    /// Control messages made elsewhere, such as that a port is open.
+    answers: mpsc::Receiver<Message>,
     outside: Pin<Box<dyn Future<Output = End> + Send>>,
     silence: Duration,
     timer: Pin<Box<Sleep>>,
@@ -71,6 +73,7 @@ impl<'a> Drive<'a> {
         row: Row,
         orders: mpsc::Receiver<Order>,
         notices: mpsc::Receiver<Notice>,
+        answers: mpsc::Receiver<Message>,
         outside: Pin<Box<dyn Future<Output = End> + Send>>,
         silence: Duration,
     ) -> Drive<'a> {
@@ -83,6 +86,7 @@ impl<'a> Drive<'a> {
             totals: Totals::default(),
             orders,
             notices,
+            answers,
             outside,
             silence,
             timer: Box::pin(sleep_until(now + COUNTS)),
@@ -218,13 +222,16 @@ impl<'a> Drive<'a> {
                 self.flushing = false;
                 self.stuck = None;
             }
+            while let Poll::Ready(Some(answer)) = self.answers.poll_recv(cx) {
+                self.feed(answer)?;
+            }
             self.message.clear();
             let polled = self.mux.poll_send(cx, &mut self.message, MAX_SENT);
             if polled.is_pending() {
-                if self.message.capacity() > MAX_SENT {
-                    self.message = Vec::new();
+                if !self.flushing {
+                    return Ok(false);
                 }
-                return Ok(false);
+                continue;
             }
             let message = Bytes::from(std::mem::take(&mut self.message));
             self.feed(Message::Binary(message.clone()))?;

@@ -1,8 +1,10 @@
 //! Which name a client means, and where its visitors find it.
 
-use rvpn_proto::name::{Name, Pattern};
+use rvpn_proto::name::Pattern;
 
 use crate::admit::Via;
+use crate::auth::rights::Rights;
+use crate::serve::names::{Unclear, wished};
 
 /// Names and ports of a login that its client is told.
 pub(super) const TOLD: usize = 256;
@@ -11,59 +13,23 @@ pub(super) fn told(names: &[Pattern]) -> Vec<String> {
     names.iter().take(TOLD).map(Pattern::to_string).collect()
 }
 
-/// Why a wish is none.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum NoName {
-    /// No name at all.
-    NotAName,
-    /// The login may serve no names.
-    None,
-    /// All that may be served by their whole name are served already.
-    AllTaken,
-    /// A single label, and nothing that it could be below.
-    NothingAbove,
-}
-
-/// The names that a wish stands for. A whole name stands for itself, a single
-/// label for a name below what the login may serve, and no wish at all for the
-/// first name of the login that `taken` does not say is in use; below a
-/// wildcard for a label of the client's own, always the same.
+/// The name that a client means. Whoever has no wish, and its own name already
+/// serves the same, gets a label below it, always the same one.
 pub(super) fn meant(
+    rights: &Rights,
+    account: &str,
     wish: Option<&str>,
-    rights: &[Pattern],
     own_label: &str,
     taken: impl Fn(&Pattern) -> bool,
-) -> Result<Pattern, NoName> {
-    let below = |label: &str| {
-        let mut wild = rights.iter().filter(|r| r.is_wildcard());
-        wild.find_map(|r| Name::parse(&format!("{label}.{}", r.name())).ok())
-    };
-    match wish {
-        Some(whole) if whole.contains('.') || whole.contains(':') => {
-            Pattern::parse(whole).map_err(|_| NoName::NotAName)
+) -> Result<Pattern, Unclear> {
+    let first = wished(rights, account, wish);
+    let in_use = first.as_ref().is_ok_and(taken);
+    match (wish, first) {
+        (None, Err(Unclear::Nothing(_))) => {
+            wished(rights, account, Some(own_label)).map_err(|_| Unclear::Nothing(account.into()))
         }
-        Some(label) => {
-            Name::parse(label).map_err(|_| NoName::NotAName)?;
-            let lower = label.to_ascii_lowercase();
-            let exact = rights.iter().find(|r| {
-                let first = r.name().as_str().split('.').next();
-                !r.is_wildcard() && first == Some(lower.as_str())
-            });
-            match exact {
-                Some(known) => Ok(known.clone()),
-                None => below(label).map(Pattern::exact).ok_or(NoName::NothingAbove),
-            }
-        }
-        None => {
-            let mut exact = rights.iter().filter(|r| !r.is_wildcard());
-            match exact.find(|r| !taken(r)) {
-                Some(free) => Ok(free.clone()),
-                None => below(own_label).map(Pattern::exact).ok_or(match rights {
-                    [] => NoName::None,
-                    _ => NoName::AllTaken,
-                }),
-            }
-        }
+        (None, Ok(_)) if in_use => wished(rights, account, Some(own_label)),
+        (_, first) => first,
     }
 }
 
@@ -106,39 +72,24 @@ pub(super) fn web(via: &Via) -> &'static str {
 mod tests {
     use super::*;
 
-    fn rights(texts: &[&str]) -> Vec<Pattern> {
-        texts.iter().map(|t| t.parse().unwrap()).collect()
-    }
-
     #[test]
-    fn a_wish_becomes_a_whole_name() {
-        let all = rights(&["shop.example", "*.alice.example", "www.example"]);
-        let of = |wish| meant(wish, &all, "own", |_| false).map(|p| p.to_string());
-        for (wish, name) in [
-            (Some("app"), "app.alice.example"),
-            (Some("APP"), "app.alice.example"),
-            (Some("shop"), "shop.example"),
-            (Some("x.alice.example"), "x.alice.example"),
-            (Some("*.alice.example"), "*.alice.example"),
-            // Whether it is allowed is not asked here.
-            (Some("bob.example"), "bob.example"),
-            (None, "shop.example"),
-        ] {
-            assert_eq!(of(wish), Ok(name.to_owned()), "{wish:?}");
-        }
-        for wish in ["", "a b", "bücher", "-a", "*", "a..b", "*.com"] {
-            assert_eq!(of(Some(wish)), Err(NoName::NotAName), "{wish:?}");
-        }
-        let first = |p: &Pattern| p.to_string() == "shop.example";
-        let next = meant(None, &all, "own", first).unwrap();
-        assert_eq!(next.to_string(), "www.example");
-        let own = meant(None, &all, "own", |_| true).unwrap();
-        assert_eq!(own.to_string(), "own.alice.example");
-        assert_eq!(meant(None, &[], "own", |_| false), Err(NoName::None));
-        let exact = rights(&["a.example"]);
-        assert_eq!(meant(None, &exact, "own", |_| true), Err(NoName::AllTaken));
-        let no = meant(Some("b"), &exact, "own", |_| false);
-        assert_eq!(no, Err(NoName::NothingAbove));
+    fn a_second_target_without_a_name_gets_a_label() {
+        let rights = |home: Option<&str>, names: &[&str]| Rights {
+            names: names.iter().map(|n| n.parse().unwrap()).collect(),
+            home: home.map(|h| h.parse().unwrap()),
+            ..Rights::default()
+        };
+        let text = |p: Result<Pattern, Unclear>| p.map(|p| p.to_string());
+        let home = rights(Some("alice.t.ex"), &["alice.t.ex", "*.alice.t.ex"]);
+        let of = |wish, taken: bool| text(meant(&home, "alice", wish, "own", |_| taken));
+        assert_eq!(of(None, false), Ok("alice.t.ex".into()));
+        assert_eq!(of(None, true), Ok("own.alice.t.ex".into()));
+        assert_eq!(of(Some("app"), true), Ok("app.alice.t.ex".into()));
+        let wild = rights(None, &["*.c.ex"]);
+        let first = meant(&wild, "alice", None, "own", |_| false);
+        assert_eq!(text(first), Ok("own.c.ex".into()));
+        let none = meant(&rights(None, &[]), "alice", None, "own", |_| false);
+        assert_eq!(none, Err(Unclear::Nothing("alice".into())));
     }
 
     #[test]
@@ -146,7 +97,7 @@ mod tests {
         let label = own_label("laptop", 1);
         assert_eq!(label, own_label("laptop", 1));
         assert_ne!(label, own_label("laptop", 2));
-        assert!(Name::parse(&label).is_ok() && label.len() == 8);
+        assert!(label.parse::<rvpn_proto::name::Name>().is_ok() && label.len() == 8);
     }
 
     #[test]
