@@ -27,6 +27,7 @@ use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rvpn_proto::control::SUBPROTOCOL;
 use rvpn_proto::name::Name;
+use rvpn_proto::streams;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -250,15 +251,20 @@ async fn respond(
         Target::Packets => {
             let accept = request::upgrade(&head)?;
             request::origin(&head.headers, &host, tls, &config)?;
-            if !request::offers(&head.headers, SUBPROTOCOL) {
+            let (kind, protocol) = if request::offers(&head.headers, SUBPROTOCOL) {
+                (Kind::Native, SUBPROTOCOL)
+            } else if request::offers(&head.headers, streams::SUBPROTOCOL) {
+                let via = host.via(tls || asked.visitor.believed);
+                (Kind::Streams(Arc::new(via)), streams::SUBPROTOCOL)
+            } else {
                 return Err(Refusal::new(
                     StatusCode::BAD_REQUEST,
-                    "the subprotocol rvpn.packets.1 is missing",
+                    "the subprotocol rvpn.packets.1 or rvpn.streams.1 is missing",
                 ));
-            }
-            let led = asked.session(Kind::Native).await?;
+            };
+            let led = asked.session(kind).await?;
             *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
-            Ok(answer::switching(&accept, Some(SUBPROTOCOL)))
+            Ok(answer::switching(&accept, Some(protocol)))
         }
         Target::Dialect(dialect) => {
             let accept = request::upgrade(&head)?;

@@ -21,6 +21,7 @@ pub mod pump;
 pub mod serve;
 pub mod session;
 pub mod store;
+pub mod streams;
 pub mod ticket;
 pub mod tls;
 pub mod tun;
