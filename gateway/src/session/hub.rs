@@ -248,6 +248,11 @@ impl Hub {
         asked
     }
 
+    /// Whether none may begin any more.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// Lets no further session begin.
     pub fn close(&self) {
         self.lock().closed = true;
