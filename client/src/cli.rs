@@ -42,6 +42,9 @@ pub(crate) enum Command {
     Token(Token),
     /// Invite a device (operators)
     Invite(Invite),
+    /// See, open and close the gateway's ports (operators)
+    #[command(subcommand)]
+    Listener(Listener),
     /// See and end sessions (operators)
     #[command(subcommand)]
     Session(Session),
@@ -269,6 +272,12 @@ pub(crate) enum Token {
         /// The audience that the gateway expects
         #[arg(long)]
         audience: Option<String>,
+        /// A name that may be served with it, such as app.example.org or '*.x.example.org'
+        #[arg(long = "domain", value_name = "NAME")]
+        domains: Vec<String>,
+        /// A TCP port of the gateway that may be had with it
+        #[arg(long = "tcp-port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+        tcp_ports: Vec<u16>,
     },
     /// Show what a token says, read from a file or standard input
     Inspect {
@@ -326,6 +335,12 @@ pub(crate) struct Invite {
     /// The helper's policy class
     #[arg(long, default_value_t = 0)]
     pub(crate) class: u8,
+    /// A name that the device may serve, such as app.example.org or '*.x.example.org'
+    #[arg(long = "name", value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// A TCP port of the gateway that the device may have
+    #[arg(long = "port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) ports: Vec<u16>,
     /// What the device connects to, HOST or HOST:PORT (default: the gateway's first name)
     #[arg(long, value_name = "HOST")]
     pub(crate) address: Option<String>,
@@ -338,6 +353,43 @@ pub(crate) struct Invite {
     /// Take an invite back
     #[arg(long, value_name = "ID", conflicts_with_all = ["account", "list"])]
     pub(crate) remove: Option<String>,
+}
+
+/// See [`Command::Listener`].
+#[derive(Debug, Subcommand)]
+pub(crate) enum Listener {
+    /// All of them
+    Ls {
+        #[command(flatten)]
+        admin: Admin,
+    },
+    /// Open one now
+    Add(ListenerAdd),
+    /// Close one; whoever came through it stays
+    Rm {
+        #[command(flatten)]
+        admin: Admin,
+        /// PORT or ADDRESS:PORT, as `ls` shows it
+        at: String,
+    },
+}
+
+/// See [`Listener::Add`].
+#[derive(Args, Debug)]
+pub(crate) struct ListenerAdd {
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// PORT (on all addresses) or ADDRESS:PORT
+    pub(crate) at: String,
+    /// What is expected: auto (default), tls or plain
+    #[arg(long, conflicts_with = "name")]
+    pub(crate) mode: Option<String>,
+    /// A served name that all visitors go to, whatever they speak
+    #[arg(long = "for", value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// A network whose connections begin with a PROXY v2 header (may be repeated)
+    #[arg(long, value_name = "NETWORK")]
+    pub(crate) proxy_from: Vec<String>,
 }
 
 /// See [`Command::Session`].

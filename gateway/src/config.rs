@@ -10,6 +10,7 @@ mod nearest;
 mod net;
 mod raw;
 mod secret;
+pub mod serve;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -25,6 +26,7 @@ use rvpn_proto::packer::Profile;
 
 pub use self::net::{Names, Network, host_of};
 pub use self::secret::Secret;
+pub use self::serve::Serve;
 
 /// Everything the operator decides.
 #[derive(Clone, Debug)]
@@ -63,6 +65,8 @@ pub struct Config {
     pub demo: Option<Demo>,
     /// Older reverse tunnel clients.
     pub packer: Packer,
+    /// What clients serve to the world.
+    pub serve: Serve,
     /// Bounds.
     pub limits: Limits,
     /// About sessions.
@@ -376,11 +380,6 @@ impl Config {
         let mut found = Vec::new();
         keep(&mut self.state_dir, &old.state_dir, "state-dir", &mut found);
         keep(&mut self.user, &old.user, "user", &mut found);
-        let addresses = |c: &Config| c.listeners.iter().map(|l| l.address).collect::<Vec<_>>();
-        if addresses(self) != addresses(old) {
-            self.listeners.clone_from(&old.listeners);
-            found.push("listener");
-        }
         keep(&mut self.admin, &old.admin, "admin", &mut found);
         keep(&mut self.helper, &old.helper, "helper", &mut found);
         keep(&mut self.session, &old.session, "session", &mut found);

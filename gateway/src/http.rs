@@ -26,6 +26,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rvpn_proto::control::SUBPROTOCOL;
+use rvpn_proto::name::Name;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -39,7 +40,9 @@ use crate::auth::Gate;
 use crate::auth::live::Pass;
 use crate::config::Config;
 use crate::demo::{self, Audience, Guest};
+use crate::front::listeners::Listeners;
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
+use crate::packer;
 use crate::serve::table::Table;
 use crate::tls::Tls;
 
@@ -72,6 +75,8 @@ pub struct Front {
     pub refusals: Refusals,
     /// TLS handshakes at once.
     pub handshakes: Semaphore,
+    /// Where people come in.
+    pub listeners: Listeners,
     stopping: AtomicBool,
 }
 
@@ -84,17 +89,20 @@ impl Front {
         sessions: Arc<dyn Sessions>,
     ) -> Arc<Front> {
         let handshakes = Semaphore::new(config.limits.handshakes);
+        let table = sessions.table();
+        table.configure(config.serve.clone());
         Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
-            table: sessions.table(),
+            table,
             sessions,
             audience: Audience::default(),
             pending: Arc::default(),
             failures: Failures::new(),
             refusals: Refusals::new(Instant::now()),
             handshakes,
+            listeners: Listeners::default(),
             stopping: AtomicBool::new(false),
         })
     }
@@ -106,6 +114,7 @@ impl Front {
 
     /// Puts another in force, for requests from now on.
     pub fn configure(&self, config: Arc<Config>) {
+        self.table.configure(config.serve.clone());
         self.config.store(config);
     }
 
@@ -130,7 +139,7 @@ impl Front {
 }
 
 /// Who connects, as far as is known before a login.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Visitor {
     /// The address behind a proxy that said so by PROXY v2.
     pub peer: SocketAddr,
@@ -138,6 +147,10 @@ pub struct Visitor {
     pub believed: bool,
     /// Which listener it came through.
     pub listener: usize,
+    /// The port it came to.
+    pub port: u16,
+    /// Whom it asked for when TLS ended here, if it did and said so.
+    pub asked: Option<Name>,
 }
 
 impl Visitor {
@@ -157,10 +170,11 @@ impl Visitor {
 enum Way {
     Session(Box<Admission>),
     Demo(Guest),
+    Tunnel(Box<packer::Arrival>),
 }
 
 /// What a request led to beside its answer.
-type Let = Arc<Mutex<Option<(Way, Pass)>>>;
+type Let = Arc<Mutex<Option<(Way, Option<Pass>)>>>;
 
 /// Serves one connection until it is a session's or closed.
 pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPass) {
@@ -169,6 +183,7 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let let_in: Let = Arc::default();
     let service = service_fn(|request| {
         let (front, let_in) = (Arc::clone(&front), Arc::clone(&let_in));
+        let visitor = visitor.clone();
         let answer: Pin<Box<dyn Future<Output = Result<Answer, Infallible>> + Send>> =
             Box::pin(async move {
                 let answered = respond(&front, request, visitor, tls, &let_in).await;
@@ -190,11 +205,23 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let admitted = let_in.lock().unwrap_or_else(PoisonError::into_inner).take();
     match (served, admitted) {
         (Ok(Ok(())), Some((way, place))) => {
-            drop(pass);
-            io.hold(place);
+            if let Some(place) = place {
+                io.hold(place);
+            }
             match way {
-                Way::Session(admission) => front.sessions.admit(*admission, io, parts.read_buf),
-                Way::Demo(guest) => guest.run(io, parts.read_buf).await,
+                Way::Tunnel(mut arrival) => {
+                    // Who has not logged in yet is still a stranger.
+                    arrival.pending = arrival.login.is_none().then_some(pass);
+                    front.sessions.tunnel(*arrival, io, parts.read_buf);
+                }
+                Way::Session(admission) => {
+                    drop(pass);
+                    front.sessions.admit(*admission, io, parts.read_buf);
+                }
+                Way::Demo(guest) => {
+                    drop(pass);
+                    guest.run(io, parts.read_buf).await;
+                }
             }
         }
         (Ok(Err(error)), _) if error.is_timeout() && !parts.read_buf.is_empty() => {
@@ -212,7 +239,7 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
 }
 
 async fn respond(
-    front: &Front,
+    front: &Arc<Front>,
     request: Request<Incoming>,
     visitor: Visitor,
     tls: bool,
@@ -229,7 +256,14 @@ async fn respond(
         visitor,
     };
     let get = matches!(head.method, Method::GET | Method::HEAD);
-    match Target::of(head.uri.path(), &config) {
+    match Target::of_request(&head, &config) {
+        Target::Tunnel => {
+            let accept = request::upgrade(&head)?;
+            request::origin(&head.headers, &host, tls, &config)?;
+            let led = asked.tunnel(front, &host).await?;
+            *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
+            Ok(answer::switching(&accept, None))
+        }
         Target::Join if head.method == Method::POST => {
             request::origin(&head.headers, &host, tls, &config)?;
             join::respond(front, &head, body, Place::of(asked.address)).await

@@ -28,6 +28,7 @@ use tracing::{Instrument, debug, info, info_span, warn};
 
 use self::carrier::Way;
 use self::desk::Desk;
+pub use self::tokens::{Print, print};
 use self::tunnel::{Over, State};
 use self::turn::Run;
 use crate::admit::Io;
@@ -51,7 +52,7 @@ pub struct Arrival {
     pub desk: Arc<dyn Desk>,
     /// The login that its request was let in with. Without one it holds
     /// nothing until it has shown a token.
-    pub grant: Option<Grant>,
+    pub login: Option<Login>,
     /// Its place among strangers, for as long as it is one.
     pub pending: Option<PendingPass>,
     /// Where it comes from.
@@ -62,11 +63,20 @@ pub struct Arrival {
     pub port: u16,
 }
 
+/// A token that was accepted.
+#[derive(Debug)]
+pub struct Login {
+    /// Of the token, to know it again.
+    pub print: Print,
+    /// What it is worth.
+    pub grant: Grant,
+}
+
 impl fmt::Debug for Arrival {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Arrival")
             .field("profile", &self.profile)
-            .field("grant", &self.grant)
+            .field("login", &self.login)
             .field("peer", &self.peer)
             .finish_non_exhaustive()
     }
@@ -78,7 +88,7 @@ pub(crate) fn admit(shared: Arc<Shared>, arrival: Arrival, mut io: Io, read_ahea
     let core = seat.core();
     let span = info_span!(
         "packer",
-        account = arrival.grant.as_ref().map(|g| &*g.account),
+        account = arrival.login.as_ref().map(|l| &*l.grant.account),
         peer = %arrival.peer,
         profile = %arrival.profile,
     );
@@ -125,11 +135,10 @@ async fn run(shared: Arc<Shared>, arrival: Arrival, socket: Socket, seat: Seat) 
         format!("{SERVICE}:{instance:032x}").into(),
         arrival.pending,
     );
-    let begun = match arrival.grant {
-        // The request's own token has no text here; nobody can take it back by it.
-        Some(grant) => match state.login([0; 32], grant) {
+    let begun = match arrival.login {
+        Some(Login { print, grant }) => match state.login(print, grant) {
             Ok(Ok(())) => {
-                state.grant();
+                state.listen(print);
                 Ok(())
             }
             Ok(Err(failure)) => Err(Over::Close(1008, failure.message)),
@@ -142,12 +151,17 @@ async fn run(shared: Arc<Shared>, arrival: Arrival, socket: Socket, seat: Seat) 
         Ok(()) => run.run(seat.load()).await,
         Err(over) => over,
     };
+    let known = !run.state.is_stranger();
     run.state.end();
     let Run { mut socket, .. } = run;
     match over {
-        Over::Lost(why) => info!(why, "client lost"),
+        Over::Lost(why) if known => info!(why, "client lost"),
+        Over::Lost(why) => debug!(why, "a stranger left"),
         Over::Close(code, reason) => {
-            info!(code, reason, "client sent away");
+            match known {
+                true => info!(code, reason, "client sent away"),
+                false => debug!(code, reason, "a stranger was sent away"),
+            }
             drop(timeout(FAREWELL, socket.close(code, reason)).await);
         }
     }

@@ -33,6 +33,7 @@ use crate::dialects::Older;
 use crate::fd;
 use crate::helper::Helper;
 use crate::meter::Meter;
+use crate::packer;
 use crate::serve::table::Table;
 use crate::ticket::{Holder, TicketKey};
 
@@ -71,6 +72,7 @@ impl Shared {
         tickets: TicketKey,
         settings: Settings,
     ) -> Arc<Shared> {
+        let table = Arc::new(Table::metered(Arc::clone(&meter)));
         Arc::new(Shared {
             hub: Arc::default(),
             cores,
@@ -78,7 +80,7 @@ impl Shared {
             meter,
             tickets,
             settings,
-            table: Arc::default(),
+            table,
             control: Handle::current(),
             spread: AtomicU64::new(0),
         })
@@ -155,6 +157,10 @@ impl admit::Sessions for Sessions {
             let socket = Socket::accept(io, read_ahead).await;
             shared.begin(admission, socket, seat).await;
         });
+    }
+
+    fn tunnel(&self, arrival: packer::Arrival, io: Io, read_ahead: Bytes) {
+        packer::admit(Arc::clone(&self.0), arrival, io, read_ahead);
     }
 
     fn table(&self) -> Arc<Table> {

@@ -14,4 +14,5 @@ pub mod packer;
 pub mod packet;
 pub mod queue;
 pub mod record;
+pub mod sniff;
 pub mod validate;

@@ -15,7 +15,7 @@ use super::raw::{self, Raw};
 use super::{
     AdminAddress, Algorithm, CertificateFiles, Config, Dialect, HelperSettings, Key, KeySource,
     Legacy, Limits, Listener, Log, Mode, Names, Network, Packer, Secret, SessionSettings, demo,
-    front, host_of,
+    front, host_of, serve,
 };
 
 /// Where the system keeps the certificates that everybody believes.
@@ -97,10 +97,14 @@ pub(super) fn check(
         .0,
     };
     let admin = env("RVPN_ADMIN").or(raw.admin.address);
+    let names = Names::new(raw.names)?;
+    let admin_names = Names::new(raw.admin.names)?.all().to_vec();
+    let own = names.all().iter().chain(&admin_names);
+    let serve = serve::check(raw.serve, raw.name, own)?;
     Ok(Config {
         state_dir: state_dir.unwrap_or_else(|| STATE_DIR.into()),
         user: raw.user.map(|u| user("user", u)).transpose()?,
-        names: Names::new(raw.names)?,
+        names,
         allowed_origins,
         listeners,
         certificate: raw.tls.map(|tls| CertificateFiles {
@@ -110,7 +114,7 @@ pub(super) fn check(
         certificates: front::certificates(raw.certificate, base)?,
         front: front::settings(&raw.front)?,
         admin: admin_address(admin.as_deref().unwrap_or(ADMIN))?,
-        admin_names: Names::new(raw.admin.names)?.all().to_vec(),
+        admin_names,
         helper,
         keys,
         legacy,
@@ -118,6 +122,7 @@ pub(super) fn check(
         page: matches!(raw.page, raw::Switch::On),
         demo,
         packer,
+        serve,
         limits: limits(&raw.limits)?,
         session: session(raw.session)?,
         log: Log {

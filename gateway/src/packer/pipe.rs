@@ -277,7 +277,9 @@ impl AsyncWrite for End {
             Some(Ended::Clean) if inner.deaf.is_some_and(|d| d.elapsed() < PARTING) => {
                 return Poll::Ready(Ok(buf.len()));
             }
-            Some(Ended::Clean | Ended::Broken) => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+            Some(Ended::Clean | Ended::Broken) => {
+                return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+            }
             None => {}
         }
         if inner.shut {

@@ -19,10 +19,10 @@ use crate::session::begin::monotonic;
 const MOST: usize = 16;
 
 /// A token's print: it is compared, never kept.
-pub(super) type Print = [u8; 32];
+pub type Print = [u8; 32];
 
 /// Of a token.
-pub(super) fn print(token: &str) -> Print {
+pub fn print(token: &str) -> Print {
     let mut print = [0; 32];
     print.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
     print
@@ -33,8 +33,9 @@ struct Held {
     print: Print,
     grant: Grant,
     /// What it is worth, in the table. Dropping it serves nothing more of it.
-    _place: Place,
+    place: Arc<Place>,
     names: Vec<String>,
+    ports: Vec<u16>,
     over: Pin<Box<dyn Future<Output = &'static str> + Send>>,
 }
 
@@ -54,11 +55,6 @@ pub(super) struct Who<'a> {
 }
 
 impl Tokens {
-    /// Whether there are none: the client is a stranger.
-    pub(super) fn is_empty(&self) -> bool {
-        self.held.is_empty()
-    }
-
     /// Whether there is this one.
     pub(super) fn has(&self, print: &Print) -> bool {
         self.held.iter().any(|h| h.print == *print)
@@ -73,17 +69,13 @@ impl Tokens {
         if self.held.len() >= MOST {
             return failed(code::BAD_COMMAND, "too many tokens on one connection");
         }
-        if self
-            .held
-            .iter()
-            .any(|h| h.grant.account != grant.account)
-        {
+        if self.held.iter().any(|h| h.grant.account != grant.account) {
             return failed(
                 code::INVALID_TOKEN,
                 "this token is of another account than the first; use a connection for each",
             );
         }
-        let place = who.table.join(Server {
+        let place = who.table.join_beside(Server {
             account: Arc::clone(&grant.account),
             instance: who.instance,
             rights: Arc::clone(&grant.rights),
@@ -100,6 +92,7 @@ impl Tokens {
                 pattern: pattern.clone(),
                 service: None,
                 ending,
+                proxy: false,
             };
             match place.offer(offer) {
                 Ok(()) => names.push(pattern.to_string()),
@@ -107,19 +100,31 @@ impl Tokens {
             }
         }
         if names.is_empty() && grant.rights.ports.is_empty() {
-            return failed(
-                INVALID_NAME,
-                "none of the token's names can be served here",
-            );
+            return failed(INVALID_NAME, "none of the token's names can be served here");
         }
         self.held.push(Held {
             print,
             over: over(&grant),
             grant,
-            _place: place,
+            place: Arc::new(place),
             names,
+            ports: Vec::new(),
         });
         Ok(())
+    }
+
+    /// What is needed to listen on the ports of a token; none if it has none.
+    pub(super) fn doors(&self, print: &Print) -> Option<(Arc<Place>, Vec<u16>)> {
+        let held = self.held.iter().find(|h| h.print == *print)?;
+        let ports = &held.grant.rights.ports;
+        (!ports.is_empty()).then(|| (Arc::clone(&held.place), ports.clone()))
+    }
+
+    /// The ports of a token that are listened on.
+    pub(super) fn opened(&mut self, print: &Print, ports: Vec<u16>) {
+        if let Some(held) = self.held.iter_mut().find(|h| h.print == *print) {
+            held.ports = ports;
+        }
     }
 
     /// Serves what this token was for no longer. False if there is none.
@@ -138,13 +143,14 @@ impl Tokens {
     /// one if none is left.
     pub(super) fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<&'static str> {
         let mut last = None;
-        self.held.retain_mut(|held| match held.over.as_mut().poll(cx) {
-            Poll::Pending => true,
-            Poll::Ready(reason) => {
-                last = Some(reason);
-                false
-            }
-        });
+        self.held
+            .retain_mut(|held| match held.over.as_mut().poll(cx) {
+                Poll::Pending => true,
+                Poll::Ready(reason) => {
+                    last = Some(reason);
+                    false
+                }
+            });
         match last {
             Some(reason) if self.held.is_empty() => Poll::Ready(reason),
             _ => Poll::Pending,
@@ -157,7 +163,7 @@ impl Tokens {
             host: host.to_owned(),
             names: self.held.iter().flat_map(|h| h.names.clone()).collect(),
             port,
-            ports: Vec::new(),
+            ports: self.held.iter().flat_map(|h| h.ports.clone()).collect(),
         }
     }
 }

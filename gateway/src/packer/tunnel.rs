@@ -13,21 +13,19 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use super::SERVICE;
 use super::bell::{Bell, Number};
 use super::carrier::Way;
 use super::desk::Desk;
 use super::ids::{Id, Ids, Who};
 use super::pipe::{End, Ended, PARTING, Pipe};
 use super::tokens::{self, Print, Tokens};
-use super::SERVICE;
 use crate::auth::{Denied, Grant};
 use crate::limits::PendingPass;
-use crate::meter::flush::now_ms;
-use crate::meter::{Row, Totals};
+use crate::serve::account::Carrying;
 use crate::serve::{Carrier, OpenError, Visit};
 use crate::session::Shared;
 use crate::session::hub::{Card, Entry};
-use crate::ticket::random;
 
 /// Visitors of one client at once.
 const MOST_VISITORS: usize = 4096;
@@ -95,11 +93,16 @@ pub(super) struct Judging {
     pub(super) verdict: oneshot::Receiver<Result<Grant, Denied>>,
 }
 
+/// Ports of a token that are being opened.
+pub(super) struct Listening {
+    pub(super) print: Print,
+    pub(super) opened: oneshot::Receiver<Vec<u16>>,
+}
+
 /// What a client that is logged in is counted and listed by.
 struct Member {
     _entry: Entry,
-    row: Row,
-    totals: Totals,
+    row: Carrying,
 }
 
 /// Counts what should be rare.
@@ -133,6 +136,7 @@ pub(super) struct State {
     pub(super) bell: Arc<Bell>,
     pub(super) tokens: Tokens,
     pub(super) judging: VecDeque<Judging>,
+    pub(super) listening: VecDeque<Listening>,
     /// Tells it apart from others of its account.
     pub(super) instance: Arc<str>,
     /// What it is counted and listed by, once it is logged in.
@@ -154,10 +158,7 @@ pub(super) struct State {
     spare: Vec<u8>,
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "each is a thing the tunnel owns"
-)]
+#[expect(clippy::too_many_arguments, reason = "each is a thing the tunnel owns")]
 impl State {
     pub(super) fn new(
         shared: Arc<Shared>,
@@ -186,6 +187,7 @@ impl State {
             bell: Arc::default(),
             tokens: Tokens::default(),
             judging: VecDeque::new(),
+            listening: VecDeque::new(),
             instance,
             member: None,
             pending,
@@ -277,7 +279,11 @@ impl State {
         let visitor = Visitor {
             pipe,
             id,
-            name: visit.name.as_ref().map(ToString::to_string).unwrap_or_default(),
+            name: visit
+                .name
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
             visit,
             begun: self.profile.announces(),
             queued: false,
@@ -533,9 +539,36 @@ impl State {
         let done = self.login(judging.print, grant)?;
         self.answer(judging.id, done);
         if done.is_ok() {
-            self.grant();
+            self.listen(judging.print);
         }
         Ok(())
+    }
+
+    /// Has the ports of a token listened on, and tells what was granted when
+    /// that is known.
+    pub(super) fn listen(&mut self, print: Print) {
+        let Some((place, ports)) = self.tokens.doors(&print) else {
+            return self.grant();
+        };
+        let (answer, opened) = oneshot::channel();
+        self.shared.control.spawn(async move {
+            let mut opened = Vec::new();
+            for port in ports {
+                match place.listen(port).await {
+                    Ok(()) => opened.push(port),
+                    Err(refused) => debug!(%refused, "a port is not served"),
+                }
+            }
+            // The tunnel may have ended meanwhile; then its place goes with us.
+            drop(answer.send(opened));
+        });
+        self.listening.push_back(Listening { print, opened });
+    }
+
+    /// The ports of a token are open, or will not be.
+    pub(super) fn opened(&mut self, print: Print, ports: Vec<u16>) {
+        self.tokens.opened(&print, ports);
+        self.grant();
     }
 
     /// Takes a login: from here on the client is somebody.
@@ -561,17 +594,12 @@ impl State {
         if self.shared.hub.is_closed() {
             return Err(Over::Close(1012, "the gateway restarts"));
         }
-        let busy = |error: &dyn std::fmt::Display| {
+        let row = Carrying::open(&self.shared.meter, &account, SERVICE).map_err(|error| {
             warn!(%error, "cannot begin a session");
             Over::Close(1013, "the gateway is out of resources")
-        };
-        let id = random::<16>().map_err(|e| busy(&e))?;
-        let id = u128::from_le_bytes(id);
-        let meter = &self.shared.meter;
-        let row = meter.open(id, &account, SERVICE, now_ms());
-        let row = row.map_err(|e| busy(&e))?;
+        })?;
         let card = Card {
-            id,
+            id: row.number(),
             account,
             token_id,
             subject,
@@ -586,7 +614,6 @@ impl State {
         self.member = Some(Member {
             _entry: self.shared.hub.enter(card, self.way.orders.clone()),
             row,
-            totals: Totals::default(),
         });
         self.pending = None;
         Ok(Ok(()))
@@ -594,16 +621,14 @@ impl State {
 
     /// Brings the meter up to date: visitors' bytes are counted where they are
     /// served, those of the wire here.
-    pub(super) fn publish(&mut self, (read, written): (u64, u64)) {
+    pub(super) fn publish(&mut self, wire: (u64, u64)) {
         if let Some(member) = &mut self.member {
-            member.totals.outbound.wire = read;
-            member.totals.inbound.wire = written;
-            member.row.publish(&member.totals, false);
+            member.row.wire(wire);
         }
     }
 
     /// Tells what was granted.
-    pub(super) fn grant(&mut self) {
+    fn grant(&mut self) {
         if self.profile.takes_grants() {
             let granted = self.tokens.granted(&self.host, self.port);
             self.command(&granted.command());
@@ -724,9 +749,7 @@ impl State {
     pub(super) fn end(&mut self) {
         // Nobody is sent here any more.
         self.tokens.clear();
-        if let Some(member) = self.member.take() {
-            member.row.close(&member.totals, now_ms());
-        }
+        self.member = None;
         for visitor in self.visitors.values() {
             visitor.pipe.end(Ended::Broken);
         }

@@ -179,8 +179,16 @@ impl Run {
         self.watch(cx, now)
     }
 
-    /// Tokens that have been judged.
+    /// Tokens that have been judged, and ports that have been opened.
     fn verdicts(&mut self, cx: &mut Context<'_>) -> Result<(), Over> {
+        while let Some(first) = self.state.listening.front_mut() {
+            let Poll::Ready(opened) = Pin::new(&mut first.opened).poll(cx) else {
+                break;
+            };
+            let print = first.print;
+            self.state.listening.pop_front();
+            self.state.opened(print, opened.unwrap_or_default());
+        }
         while let Some(first) = self.state.judging.front_mut() {
             let Poll::Ready(verdict) = Pin::new(&mut first.verdict).poll(cx) else {
                 return Ok(());
