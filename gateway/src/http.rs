@@ -43,6 +43,7 @@ use crate::config::Config;
 use crate::demo::{self, Audience, Guest};
 use crate::front::listeners::Listeners;
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
+use crate::packer;
 use crate::serve::table::Table;
 use crate::tls::Tls;
 
@@ -170,10 +171,11 @@ impl Visitor {
 enum Way {
     Session(Box<Admission>),
     Demo(Guest),
+    Tunnel(Box<packer::Arrival>),
 }
 
 /// What a request led to beside its answer.
-type Let = Arc<Mutex<Option<(Way, Pass)>>>;
+type Let = Arc<Mutex<Option<(Way, Option<Pass>)>>>;
 
 /// Serves one connection until it is a session's or closed.
 pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPass) {
@@ -204,11 +206,23 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let admitted = let_in.lock().unwrap_or_else(PoisonError::into_inner).take();
     match (served, admitted) {
         (Ok(Ok(())), Some((way, place))) => {
-            drop(pass);
-            io.hold(place);
+            if let Some(place) = place {
+                io.hold(place);
+            }
             match way {
-                Way::Session(admission) => front.sessions.admit(*admission, io, parts.read_buf),
-                Way::Demo(guest) => guest.run(io, parts.read_buf).await,
+                Way::Tunnel(mut arrival) => {
+                    // Who has not logged in yet is still a stranger.
+                    arrival.pending = arrival.login.is_none().then_some(pass);
+                    front.sessions.tunnel(*arrival, io, parts.read_buf);
+                }
+                Way::Session(admission) => {
+                    drop(pass);
+                    front.sessions.admit(*admission, io, parts.read_buf);
+                }
+                Way::Demo(guest) => {
+                    drop(pass);
+                    guest.run(io, parts.read_buf).await;
+                }
             }
         }
         (Ok(Err(error)), _) if error.is_timeout() && !parts.read_buf.is_empty() => {
@@ -226,7 +240,7 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
 }
 
 async fn respond(
-    front: &Front,
+    front: &Arc<Front>,
     request: Request<Incoming>,
     visitor: Visitor,
     tls: bool,
@@ -243,7 +257,14 @@ async fn respond(
         visitor,
     };
     let get = matches!(head.method, Method::GET | Method::HEAD);
-    match Target::of(head.uri.path(), &config) {
+    match Target::of_request(&head, &config) {
+        Target::Tunnel => {
+            let accept = request::upgrade(&head)?;
+            request::origin(&head.headers, &host, tls, &config)?;
+            let led = asked.tunnel(front, &host).await?;
+            *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
+            Ok(answer::switching(&accept, None))
+        }
         Target::Join if head.method == Method::POST => {
             request::origin(&head.headers, &host, tls, &config)?;
             join::respond(front, &head, body, Place::of(asked.address)).await

@@ -15,6 +15,7 @@ pub mod lifecycle;
 pub mod limits;
 pub mod listener;
 pub mod meter;
+pub mod packer;
 pub mod page;
 pub mod proxy;
 pub mod pump;

@@ -40,6 +40,8 @@ pub(super) struct Raw {
     #[serde(default)]
     pub(super) demo: Demo,
     #[serde(default)]
+    pub(super) packer: Packer,
+    #[serde(default)]
     pub(super) serve: Serve,
     #[serde(default)]
     pub(super) name: Vec<Name>,
@@ -149,8 +151,16 @@ pub(super) struct Legacy {
     pub(super) secret_file: Option<PathBuf>,
     #[serde(default)]
     pub(super) domains: Vec<String>,
+    pub(super) profile: Option<String>,
     #[serde(default)]
     pub(super) class: u8,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Packer {
+    pub(super) enabled: Option<bool>,
+    pub(super) profile: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]

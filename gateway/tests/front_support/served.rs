@@ -89,6 +89,7 @@ where
         pattern,
         service,
         ending,
+        proxy: false,
     };
     place.offer(offer).unwrap();
     Device {
