@@ -6,6 +6,7 @@
 //! refused, and no cookie means anything.
 
 mod answer;
+mod certificates;
 mod guard;
 mod handlers;
 pub mod view;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{delete, get};
+use axum::routing::{delete, get, post};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -110,6 +111,8 @@ pub fn router(desk: Arc<Desk>) -> Router {
             "/revocations/{scope}/{value}",
             delete(handlers::remove_revocation),
         )
+        .route("/certificates", get(certificates::list))
+        .route("/certificates/{name}/retry", post(certificates::retry))
         .route("/keys", get(handlers::keys))
         .route("/keys/{id}", delete(handlers::remove_key));
     Router::new()

@@ -21,11 +21,13 @@ use arc_swap::ArcSwap;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::header::HeaderMap;
+use hyper::http::request::Parts;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rvpn_proto::control::SUBPROTOCOL;
+use rvpn_proto::name::Name;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -34,6 +36,7 @@ use tracing::debug;
 use self::answer::{Answer, Refusal};
 use self::login::Asked;
 use self::request::Target;
+use crate::acme::{Acme, CHALLENGE_PATH};
 use crate::admit::{Admission, Io, Kind, Sessions};
 use crate::auth::Gate;
 use crate::auth::live::Pass;
@@ -58,6 +61,8 @@ pub struct Front {
     pub gate: Arc<Gate>,
     /// The certificate.
     pub tls: Arc<Tls>,
+    /// Certificates that are got and renewed by themselves.
+    pub acme: Arc<Acme>,
     /// Where those go who are.
     pub sessions: Arc<dyn Sessions>,
     /// Who serves what to the world.
@@ -84,10 +89,12 @@ impl Front {
         sessions: Arc<dyn Sessions>,
     ) -> Arc<Front> {
         let handshakes = Semaphore::new(config.limits.handshakes);
+        let acme = Acme::new(config.state_dir.clone(), Arc::clone(&tls));
         Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
+            acme,
             table: sessions.table(),
             sessions,
             audience: Audience::default(),
@@ -220,6 +227,9 @@ async fn respond(
 ) -> Result<Answer, Refusal> {
     let config = front.config();
     let (head, body) = request.into_parts();
+    if let Some(text) = challenged(front, &head) {
+        return Ok(answer::plain(text));
+    }
     let host = request::host(&head, &config.names)?;
     request::sizes(&head)?;
     let asked = Asked {
@@ -280,6 +290,17 @@ async fn respond(
             "not like this",
         )),
     }
+}
+
+/// What an authority is to find that checks a name here, ours or not. Nobody
+/// else's challenge is answered.
+fn challenged(front: &Front, head: &Parts) -> Option<String> {
+    let path = head.uri.path();
+    if head.method != Method::GET || !path.starts_with(CHALLENGE_PATH) {
+        return None;
+    }
+    let host = request::own_host(head).ok()?;
+    front.acme.answer(&Name::parse(host.name()).ok()?, path)
 }
 
 /// A body that is there at once.

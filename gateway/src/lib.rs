@@ -1,5 +1,6 @@
 //! The gateway's parts, as a library so that tests and benches can hold them.
 
+pub mod acme;
 pub mod admit;
 pub mod api;
 pub mod auth;
@@ -10,6 +11,7 @@ pub mod dialects;
 pub mod fd;
 pub mod helper;
 pub mod http;
+pub mod https;
 pub mod lifecycle;
 pub mod limits;
 pub mod listener;

@@ -18,6 +18,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use nix::sys::socket::{Backlog, listen};
 use rustls::server::Acceptor;
+use rvpn_proto::name::Name;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -203,7 +204,18 @@ async fn dress(
     let deadline = Instant::now() + limit;
     let handshake = async {
         let greeting = LazyConfigAcceptor::new(Acceptor::default(), raw).await?;
-        let mut answer = pin!(greeting.into_stream(front.tls.of(None)));
+        let hello = greeting.client_hello();
+        let name = hello.server_name().and_then(|n| Name::parse(n).ok());
+        let checks = |p: &[u8]| p == b"acme-tls/1";
+        let checked = hello.alpn().is_some_and(|mut offered| offered.any(checks));
+        let server = match &name {
+            Some(name) if checked => front
+                .tls
+                .challenged(name)
+                .ok_or_else(|| io::Error::other("no challenge is under way"))?,
+            name => front.tls.of(name.as_ref()),
+        };
+        let mut answer = pin!(greeting.into_stream(server));
         // The costly part is the first turn, in which keys are agreed on and
         // signed for. Whoever then says nothing holds no permit.
         let permit = front.handshakes.acquire().await.map_err(io::Error::other)?;

@@ -13,12 +13,12 @@ use rvpn_proto::name::Pattern;
 use super::raw::{self, Raw};
 use super::{
     AdminAddress, Algorithm, CertificateFiles, Config, Dialect, HelperSettings, Key, KeySource,
-    Legacy, Limits, Listener, Log, Mode, Names, Network, Secret, SessionSettings, demo, front,
-    host_of,
+    Legacy, Limits, Listener, Mode, Names, Network, Secret, SessionSettings, acme, demo, front,
+    host_of, log,
 };
 
 /// Where the system keeps the certificates that everybody believes.
-const SYSTEM_CA: &str = "/etc/ssl/certs/ca-certificates.crt";
+pub(super) const SYSTEM_CA: &str = "/etc/ssl/certs/ca-certificates.crt";
 const STATE_DIR: &str = "/var/lib/rvpn";
 const ADMIN: &str = "127.0.0.1:7980";
 const HELPER_USER: &str = "rvpn-helper";
@@ -94,17 +94,20 @@ pub(super) fn check(
         )?
         .0,
     };
+    let names = Names::new(raw.names)?;
+    let acme = acme::check(raw.acme, base, names.all(), raw.tls.is_some())?;
     let admin = env("RVPN_ADMIN").or(raw.admin.address);
     Ok(Config {
         state_dir: state_dir.unwrap_or_else(|| STATE_DIR.into()),
         user: raw.user.map(|u| user("user", u)).transpose()?,
-        names: Names::new(raw.names)?,
+        names,
         allowed_origins,
         listeners,
         certificate: raw.tls.map(|tls| CertificateFiles {
             chain: base.join(tls.certificate),
             key: base.join(tls.key),
         }),
+        acme,
         certificates: front::certificates(raw.certificate, base)?,
         front: front::settings(&raw.front)?,
         admin: admin_address(admin.as_deref().unwrap_or(ADMIN))?,
@@ -117,12 +120,7 @@ pub(super) fn check(
         demo,
         limits: limits(&raw.limits)?,
         session: session(raw.session)?,
-        log: Log {
-            filter: env("RVPN_LOG")
-                .or(raw.log.level)
-                .unwrap_or_else(|| "info".to_owned()),
-            json: matches!(raw.log.format, Some(raw::LogFormat::Json)),
-        },
+        log: log::check(raw.log, env("RVPN_LOG"), base)?,
         sandbox: matches!(raw.sandbox, raw::Switch::On),
     })
 }

@@ -88,6 +88,13 @@ pub struct Host {
     port: Option<u16>,
 }
 
+impl Host {
+    /// Without its port.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
 /// Whom the request is for. It must say so once, and the same everywhere.
 pub fn host(head: &Parts, names: &Names) -> Result<Host, Refusal> {
     let found = own_host(head)?;

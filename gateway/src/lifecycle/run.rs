@@ -19,6 +19,7 @@ use tracing::{error, info, warn};
 
 use super::Failure;
 use super::prepare::{Admin, Prepared};
+use crate::acme::Wish;
 use crate::admit::Sessions as _;
 use crate::api::{self, Desk};
 use crate::auth::{Gate, OpenError};
@@ -85,6 +86,9 @@ async fn serve(
         tls,
         Arc::new(sessions.clone()),
     );
+    let wish = wish_of(&front);
+    // Before anybody comes who would see another certificate.
+    front.acme.prepare(&wish());
     let (stop_tx, stop) = watch::channel(false);
     let mut tasks = JoinSet::new();
     for (number, socket) in public.into_iter().enumerate() {
@@ -117,6 +121,7 @@ async fn serve(
     tasks.spawn(async move {
         gate.ring().warm_up().await;
     });
+    tasks.spawn(Arc::clone(&front.acme).run(wish));
     // Before anybody is told that we are ready: a signal that nobody watches for kills.
     let signals = Signals::watch().map_err(Failure::Internal)?;
     greet(&config, &front);
@@ -144,6 +149,15 @@ async fn serve(
     tasks.shutdown().await;
     info!("done");
     Ok(())
+}
+
+/// What is to have a certificate, asked again and again.
+fn wish_of(front: &Arc<Front>) -> impl Fn() -> Wish + Send + use<> {
+    let front = Arc::clone(front);
+    move || Wish {
+        settings: front.config().acme.clone(),
+        served: Vec::new(),
+    }
 }
 
 /// Lets whoever has just come hear an answer. Those who say nothing do not hold
