@@ -2,6 +2,7 @@
 
 pub(crate) mod certificate;
 pub(crate) mod invite;
+pub(crate) mod listener;
 pub(crate) mod session;
 pub(crate) mod token;
 

@@ -9,6 +9,7 @@ mod answer;
 mod certificates;
 mod guard;
 mod handlers;
+mod listeners;
 pub mod view;
 
 use std::io;
@@ -113,6 +114,8 @@ pub fn router(desk: Arc<Desk>) -> Router {
         )
         .route("/certificates", get(certificates::list))
         .route("/certificates/{name}/retry", post(certificates::retry))
+        .route("/listeners", get(listeners::list).post(listeners::add))
+        .route("/listeners/{address}", delete(listeners::remove))
         .route("/keys", get(handlers::keys))
         .route("/keys/{id}", delete(handlers::remove_key));
     Router::new()

@@ -448,11 +448,6 @@ impl Config {
         let mut found = Vec::new();
         keep(&mut self.state_dir, &old.state_dir, "state-dir", &mut found);
         keep(&mut self.user, &old.user, "user", &mut found);
-        let addresses = |c: &Config| c.listeners.iter().map(|l| l.address).collect::<Vec<_>>();
-        if addresses(self) != addresses(old) {
-            self.listeners.clone_from(&old.listeners);
-            found.push("listener");
-        }
         keep(&mut self.admin, &old.admin, "admin", &mut found);
         keep(&mut self.helper, &old.helper, "helper", &mut found);
         keep(&mut self.session, &old.session, "session", &mut found);

@@ -5,6 +5,7 @@
 //! names come from signed claims, streams belong to one client and are found by
 //! nobody else.
 
+pub mod splice;
 pub mod table;
 
 use std::fmt;
