@@ -275,6 +275,12 @@ pub(crate) enum Token {
         /// The audience that the gateway expects
         #[arg(long)]
         audience: Option<String>,
+        /// A name that may be served with it, such as app.example.org or '*.x.example.org'
+        #[arg(long = "domain", value_name = "NAME")]
+        domains: Vec<String>,
+        /// A TCP port of the gateway that may be had with it
+        #[arg(long = "tcp-port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+        tcp_ports: Vec<u16>,
     },
     /// Show what a token says, read from a file or standard input
     Inspect {
@@ -332,6 +338,12 @@ pub(crate) struct Invite {
     /// The helper's policy class
     #[arg(long, default_value_t = 0)]
     pub(crate) class: u8,
+    /// A name that the device may serve, such as app.example.org or '*.x.example.org'
+    #[arg(long = "name", value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// A TCP port of the gateway that the device may have
+    #[arg(long = "port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) ports: Vec<u16>,
     /// What the device connects to, HOST or HOST:PORT (default: the gateway's first name)
     #[arg(long, value_name = "HOST")]
     pub(crate) address: Option<String>,

@@ -65,6 +65,8 @@ struct Failure {
     challenge: bool,
     /// Whether the authority asked to be left alone.
     limited: bool,
+    /// Whether the authority does not know our account any more.
+    lost: bool,
 }
 
 impl Failure {
@@ -74,6 +76,7 @@ impl Failure {
             remedy,
             challenge: false,
             limited: false,
+            lost: false,
         }
     }
 
@@ -81,9 +84,9 @@ impl Failure {
         match error {
             Error::Api(problem) => {
                 let kind = problem.r#type.as_deref().unwrap_or_default();
-                let limited = kind.ends_with(":rateLimited");
                 Failure {
-                    limited,
+                    limited: kind.ends_with(":rateLimited"),
+                    lost: kind.ends_with(":accountDoesNotExist"),
                     ..Failure::new(said(problem), remedy(kind))
                 }
             }
@@ -325,7 +328,16 @@ impl Acme {
                 &account.insert((settings.clone(), made)).1
             }
         };
-        order::certificate(self, settings, with, name).await
+        match order::certificate(self, settings, with, name).await {
+            Err(failure) if failure.lost => {
+                info!("the authority has forgotten the account; making another");
+                files::forget_account(&self.dir);
+                let made = order::account(self, settings).await?;
+                let with = &account.insert((settings.clone(), made)).1;
+                order::certificate(self, settings, with, name).await
+            }
+            got => got,
+        }
     }
 
     /// Each outcome is said once.

@@ -217,13 +217,18 @@ impl Gate {
 
     async fn strict(&self, credential: &Credential) -> Result<Accepted, Denied> {
         let ring = self.ring.load_full();
-        match ring.strict(credential.token(), &self.devices, now()) {
+        let mut accepted = match ring.strict(credential.token(), &self.devices, now()) {
             // A key that was added at the issuer since we last asked.
             Err(Denied::UnknownKey) if ring.fetch_missing().await => {
                 ring.strict(credential.token(), &self.devices, now())
             }
             judged => judged,
+        }?;
+        if let Some(domain) = &ring.domain {
+            let rights = (*accepted.rights).clone();
+            accepted.rights = Arc::new(rights.at_home(&accepted.account, domain));
         }
+        Ok(accepted)
     }
 
     /// Whether a subject, or a token of it, was taken back. A resume ticket is

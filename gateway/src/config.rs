@@ -12,6 +12,7 @@ mod nearest;
 mod net;
 mod raw;
 mod secret;
+pub mod serve;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -26,6 +27,7 @@ use rvpn_proto::name::{Name, Pattern};
 
 pub use self::net::{Names, Network, host_of};
 pub use self::secret::Secret;
+pub use self::serve::Serve;
 
 /// Everything the operator decides.
 #[derive(Clone, Debug)]
@@ -64,6 +66,8 @@ pub struct Config {
     pub page: bool,
     /// The first demonstration's endpoint; none unless asked for.
     pub demo: Option<Demo>,
+    /// What clients serve to the world.
+    pub serve: Serve,
     /// Bounds.
     pub limits: Limits,
     /// About sessions.

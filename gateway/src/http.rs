@@ -93,12 +93,14 @@ impl Front {
     ) -> Arc<Front> {
         let handshakes = Semaphore::new(config.limits.handshakes);
         let acme = Acme::new(config.state_dir.clone(), Arc::clone(&tls));
+        let table = sessions.table();
+        table.configure(config.serve.clone());
         Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
             acme,
-            table: sessions.table(),
+            table,
             sessions,
             audience: Audience::default(),
             pending: Arc::default(),
@@ -117,6 +119,7 @@ impl Front {
 
     /// Puts another in force, for requests from now on.
     pub fn configure(&self, config: Arc<Config>) {
+        self.table.configure(config.serve.clone());
         self.config.store(config);
     }
 

@@ -5,8 +5,12 @@
 //! names come from signed claims, streams belong to one client and are found by
 //! nobody else.
 
+pub mod account;
+pub mod count;
+pub mod names;
 pub mod splice;
 pub mod table;
+pub mod visit;
 
 use std::fmt;
 use std::net::SocketAddr;

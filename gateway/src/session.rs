@@ -71,6 +71,7 @@ impl Shared {
         tickets: TicketKey,
         settings: Settings,
     ) -> Arc<Shared> {
+        let table = Arc::new(Table::metered(Arc::clone(&meter)));
         Arc::new(Shared {
             hub: Arc::default(),
             cores,
@@ -78,7 +79,7 @@ impl Shared {
             meter,
             tickets,
             settings,
-            table: Arc::default(),
+            table,
             control: Handle::current(),
             spread: AtomicU64::new(0),
         })

@@ -105,6 +105,12 @@ pub(super) fn account(dir: &Path, directory: &str) -> Option<Kept> {
     (kept.directory == directory).then_some(kept)
 }
 
+/// Makes it as if there had been none.
+pub(super) fn forget_account(dir: &Path) {
+    // Without a right to do so the next one cannot be written either, which is said.
+    drop(fs::remove_file(dir.join(ACCOUNT_FILE)));
+}
+
 /// Keeps the account.
 pub(super) fn keep_account(dir: &Path, kept: &Kept) -> io::Result<()> {
     let bytes = serde_json::to_vec(kept).map_err(io::Error::other)?;

@@ -15,7 +15,7 @@ use rustls::pki_types::PrivateKeyDer;
 use rustls::sign::CertifiedKey;
 use rvpn_proto::name::Name;
 use tokio::time::timeout;
-use tracing::info;
+use tracing::{debug, info};
 
 use super::files::{self, Held, Kept};
 use super::{Acme, Failure};
@@ -68,12 +68,9 @@ pub(super) async fn account(acme: &Acme, settings: &config::Acme) -> Result<Acco
             }
             Ok(account)
         };
-        match known.await {
-            Err(Error::Api(problem)) if forgotten(problem.r#type.as_deref()) => {
-                info!("the authority does not know the account any more; making another");
-            }
-            Err(error) => return Err(Failure::of(&error, settings)),
-            Ok(account) => return Ok(account),
+        match known.await.map_err(|e| Failure::of(&e, settings)) {
+            Err(failure) if failure.lost => {}
+            known => return known,
         }
     }
     let new = NewAccount {
@@ -96,11 +93,6 @@ pub(super) async fn account(acme: &Acme, settings: &config::Acme) -> Result<Acco
     Ok(account)
 }
 
-/// Whether the authority has lost the account, and another is to be made.
-pub(super) fn forgotten(kind: Option<&str>) -> bool {
-    kind.is_some_and(|k| k.ends_with(":accountDoesNotExist"))
-}
-
 fn unwritten(error: &std::io::Error) -> Failure {
     let text = format!("cannot write to the state directory: {error}");
     Failure::new(text, "make room on the disk, and check who owns it")
@@ -118,7 +110,10 @@ pub(super) async fn certificate(
         match attempt(acme, settings, account, name, kind).await {
             Ok(held) => return Ok(held),
             // Only a challenge that was not met makes another kind worth a try.
-            Err(failure) if failure.challenge => failed.push(failure),
+            Err(failure) if failure.challenge => {
+                debug!(%name, why = failure.text, "a challenge was not met");
+                failed.push(failure);
+            }
             Err(failure) => return Err(failure),
         }
     }

@@ -13,7 +13,7 @@ use aws_lc_rs::signature::{
 use jsonwebtoken::jwk::{Jwk, JwkSet, KeyAlgorithm, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, DecodingKeyKind, EncodingKey, crypto};
 use rvpn_ipc::Class;
-use rvpn_proto::name::Pattern;
+use rvpn_proto::name::{Name, Pattern};
 
 use super::jwks::Remote;
 use super::token::Verifier;
@@ -72,6 +72,8 @@ pub struct KeyRing {
     blocks: Vec<Block>,
     secrets: Vec<(Arc<str>, config::Secret)>,
     decoy: DecodingKey,
+    /// Below it every account of the strict policy has a name of its own.
+    pub(super) domain: Option<Name>,
 }
 
 impl KeyRing {
@@ -83,6 +85,7 @@ impl KeyRing {
             blocks: Vec::new(),
             secrets: Vec::new(),
             decoy: decoy()?,
+            domain: config.serve.domain.clone(),
         };
         for key in &config.keys {
             ring.add(key)?;

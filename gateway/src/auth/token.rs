@@ -307,8 +307,8 @@ fn by_device(
         // up to its registration.
         expires_at: stored.expires.and_then(at),
         class: stored.class,
-        // What a device signs itself gives it no names.
-        rights: Arc::default(),
+        // What a device signs itself gives it no names; its registration does.
+        rights: Arc::new(device.rights.clone()),
     })
 }
 

@@ -14,7 +14,7 @@ use super::raw::{self, Raw};
 use super::{
     AdminAddress, Algorithm, CertificateFiles, Config, Dialect, HelperSettings, Key, KeySource,
     Legacy, Limits, Listener, Mode, Names, Network, Secret, SessionSettings, acme, demo, front,
-    host_of, log,
+    host_of, log, serve,
 };
 
 /// Where the system keeps the certificates that everybody believes.
@@ -97,6 +97,9 @@ pub(super) fn check(
     let names = Names::new(raw.names)?;
     let acme = acme::check(raw.acme, base, names.all(), raw.tls.is_some())?;
     let admin = env("RVPN_ADMIN").or(raw.admin.address);
+    let admin_names = Names::new(raw.admin.names)?.all().to_vec();
+    let own = names.all().iter().chain(&admin_names);
+    let serve = serve::check(raw.serve, raw.name, own)?;
     Ok(Config {
         state_dir: state_dir.unwrap_or_else(|| STATE_DIR.into()),
         user: raw.user.map(|u| user("user", u)).transpose()?,
@@ -111,13 +114,14 @@ pub(super) fn check(
         certificates: front::certificates(raw.certificate, base)?,
         front: front::settings(&raw.front)?,
         admin: admin_address(admin.as_deref().unwrap_or(ADMIN))?,
-        admin_names: Names::new(raw.admin.names)?.all().to_vec(),
+        admin_names,
         helper,
         keys,
         legacy,
         dialects,
         page: matches!(raw.page, raw::Switch::On),
         demo,
+        serve,
         limits: limits(&raw.limits)?,
         session: session(raw.session)?,
         log: log::check(raw.log, env("RVPN_LOG"), base)?,

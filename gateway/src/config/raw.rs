@@ -41,6 +41,10 @@ pub(super) struct Raw {
     #[serde(default)]
     pub(super) demo: Demo,
     #[serde(default)]
+    pub(super) serve: Serve,
+    #[serde(default)]
+    pub(super) name: Vec<Name>,
+    #[serde(default)]
     pub(super) limits: Limits,
     #[serde(default)]
     pub(super) session: Session,
@@ -255,6 +259,38 @@ pub(super) struct Demo {
     pub(super) anonymous: bool,
     pub(super) every_seconds: Option<u64>,
     pub(super) clients: Option<usize>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Serve {
+    pub(super) domain: Option<String>,
+    #[serde(default)]
+    pub(super) reserved: Vec<String>,
+    pub(super) balance: Option<super::serve::Balance>,
+    pub(super) visitors_per_account: Option<usize>,
+    pub(super) idle_seconds: Option<u64>,
+    pub(super) ssh: Option<String>,
+    pub(super) strict_ports: Option<bool>,
+    #[serde(default)]
+    pub(super) dead_time: DeadTime,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct DeadTime {
+    pub(super) dwell: Option<u64>,
+    pub(super) idle: Option<u64>,
+    pub(super) cancel_check: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Name {
+    pub(super) pattern: String,
+    pub(super) http: Option<super::serve::Http>,
+    pub(super) tls: Option<super::serve::Tls>,
+    pub(super) balance: Option<super::serve::Balance>,
 }
 
 #[derive(Debug, Default, Deserialize)]

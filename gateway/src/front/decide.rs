@@ -10,7 +10,7 @@ use rvpn_proto::sniff::alert::Alert;
 pub use super::look::What;
 use crate::config::{Config, Mode};
 use crate::http::{Front, Visitor};
-use crate::serve::table::{Chosen, Ending, Found};
+use crate::serve::table::Ending;
 use crate::serve::{Service, Visit};
 
 /// Where to.
@@ -20,7 +20,7 @@ pub enum Way {
     /// To our HTTP, when TLS has ended here.
     Here(Certificate),
     /// To a client, untouched.
-    Through(Box<(Chosen, Visit)>),
+    Through(Visit),
     /// Nowhere.
     Refused(Refusal),
 }
@@ -65,9 +65,9 @@ pub fn decide(what: &What, mode: Mode, config: &Config, visitor: &Visitor, front
         (_, Mode::Tls) => Way::Refused(Refusal::Alert(Alert::UnexpectedMessage)),
         (What::Http, _) => Way::Http,
         (What::Http2, _) => Way::Refused(Refusal::NoHttp2),
-        (What::Ssh, _) => by_default(config.front.ssh.as_ref(), Service::Ssh, visitor, front),
-        (What::Other, _) => by_default(config.front.other.as_ref(), Service::Tcp, visitor, front),
-        (What::Silent, _) => by_default(config.front.silent.as_ref(), Service::Tcp, visitor, front),
+        (What::Ssh, _) => by_default(config.front.ssh.as_ref(), Service::Ssh, visitor),
+        (What::Other, _) => by_default(config.front.other.as_ref(), Service::Tcp, visitor),
+        (What::Silent, _) => by_default(config.front.silent.as_ref(), Service::Tcp, visitor),
     }
 }
 
@@ -80,14 +80,9 @@ fn tls(hello: &ClientHello, config: &Config, visitor: &Visitor, front: &Front) -
     }
     // The gateway's names are nobody else's, whatever the table says.
     if !config.names.lists(name.as_str()) {
-        match find(name, Service::Https, visitor, front) {
-            Some(chosen) if chosen.offer.ending == Ending::There => {
-                return through(chosen, name, Service::Https, visitor);
-            }
-            Some(_) => return Way::Here(Certificate::Served(name.clone())),
-            None if find(name, Service::Http, visitor, front).is_some() => {
-                return Way::Here(Certificate::Served(name.clone()));
-            }
+        match front.table.ending(name) {
+            Some(Ending::There) => return through(name, Service::Https, visitor),
+            Some(Ending::Here) => return Way::Here(Certificate::Served(name.clone())),
             None => {}
         }
     }
@@ -95,28 +90,18 @@ fn tls(hello: &ClientHello, config: &Config, visitor: &Visitor, front: &Front) -
 }
 
 /// To the service that the configuration names for those who name none.
-fn by_default(name: Option<&Name>, service: Service, visitor: &Visitor, front: &Front) -> Way {
-    let found = name.and_then(|name| {
-        let found = find(name, service, visitor, front);
-        let found = found.or_else(|| find(name, Service::Tcp, visitor, front));
-        found.map(|chosen| through(chosen, name, service, visitor))
-    });
-    found.unwrap_or(Way::Refused(Refusal::Silence))
-}
-
-fn find(name: &Name, service: Service, visitor: &Visitor, front: &Front) -> Option<Chosen> {
-    match front.table.find(name, service, visitor.peer) {
-        Found::Served(chosen) => Some(chosen),
-        Found::Nobody => None,
+fn by_default(name: Option<&Name>, service: Service, visitor: &Visitor) -> Way {
+    match name {
+        Some(name) => through(name, service, visitor),
+        None => Way::Refused(Refusal::Silence),
     }
 }
 
-fn through(chosen: Chosen, name: &Name, service: Service, visitor: &Visitor) -> Way {
-    let visit = Visit {
+fn through(name: &Name, service: Service, visitor: &Visitor) -> Way {
+    Way::Through(Visit {
         peer: visitor.peer,
         port: visitor.port,
         name: Some(name.clone()),
         service,
-    };
-    Way::Through(Box::new((chosen, visit)))
+    })
 }

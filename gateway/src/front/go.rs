@@ -17,7 +17,7 @@ use super::decide::{Certificate, Refusal, Way};
 use crate::admit::{Io, Raw};
 use crate::http::{self, Front, Visitor};
 use crate::limits::PendingPass;
-use crate::serve::splice;
+use crate::serve::visit;
 
 /// How long the farewell to somebody who is refused may take.
 const PARTING: Duration = Duration::from_secs(1);
@@ -32,10 +32,7 @@ pub(super) async fn go(front: Arc<Front>, raw: Raw, visitor: Visitor, way: Way, 
     match way {
         Way::Http => http::serve(front, Io::plain(raw), visitor, pass).await,
         Way::Here(certificate) => here(front, raw, visitor, certificate, pass).await,
-        Way::Through(to) => {
-            let (chosen, visit) = *to;
-            splice::passthrough(front, raw, chosen, visit, pass).await;
-        }
+        Way::Through(visit) => visit::pass(front, Io::plain(raw), visit, pass).await,
         Way::Refused(Refusal::Alert(alert)) => part(raw, &alert.record()).await,
         Way::Refused(Refusal::NoHttp2) => part(raw, GOAWAY).await,
         Way::Refused(Refusal::Silence) => {}

@@ -5,14 +5,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use rvpn_proto::name::Name;
-use tracing::debug;
 
 use super::listeners::Take;
-use crate::admit::{Counted, Prefixed};
+use crate::admit::{Counted, Io, Prefixed};
 use crate::http::{Front, Visitor};
 use crate::limits::PendingPass;
-use crate::serve::table::Found;
-use crate::serve::{Service, Visit, splice};
+use crate::serve::{Service, Visit, visit};
 
 /// Brings them to whoever serves the name, without looking at what they speak:
 /// the server may well be the one that speaks first.
@@ -32,10 +30,6 @@ impl Take for Named {
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let name = self.0.clone();
         Box::pin(async move {
-            let found = front.table.find(&name, Service::Tcp, visitor.peer);
-            let Found::Served(chosen) = found else {
-                return debug!(%name, "nobody serves a visitor of a port");
-            };
             let visit = Visit {
                 peer: visitor.peer,
                 port: visitor.port,
@@ -43,7 +37,7 @@ impl Take for Named {
                 service: Service::Tcp,
             };
             let raw = Prefixed::new(Bytes::new(), io);
-            splice::passthrough(front, raw, chosen, visit, pass).await;
+            visit::pass(front, Io::plain(raw), visit, pass).await;
         })
     }
 }

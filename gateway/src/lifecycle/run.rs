@@ -40,6 +40,10 @@ const TICKET_FILE: &str = "ticket.key";
 const CONTROL_THREADS: usize = 2;
 /// How long the helper may take to come up beside us.
 const HELPER_WAIT: Duration = Duration::from_secs(10);
+/// Rows of the meter for each client: its connections.
+const ROWS_OF_CLIENT: usize = 4;
+/// And for names that clients serve, whoever they are.
+const ROWS_OF_NAMES: usize = 32_768;
 /// How long connections without a login may go on at a shutdown.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
@@ -209,8 +213,8 @@ async fn start_sessions(
     adopted
         .map_err(|e| internal("meter", &e))?
         .map_err(Failure::Internal)?;
-    let meter = Meter::create(&config.state_dir, config.limits.max_clients)
-        .map_err(|e| internal("meter", &e))?;
+    let rows = config.limits.max_clients * ROWS_OF_CLIENT + ROWS_OF_NAMES;
+    let meter = Meter::create(&config.state_dir, rows).map_err(|e| internal("meter", &e))?;
     let tickets = TicketKey::load_or_create(&config.state_dir.join(TICKET_FILE))
         .map_err(|e| internal("tickets", &e))?;
     let count = match config.session.cores {

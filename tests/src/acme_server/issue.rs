@@ -115,6 +115,17 @@ fn public_key(request: &[u8], name: &str) -> Option<Vec<u8>> {
     fits.then(|| key.to_vec())
 }
 
+/// The key of a certificate, with its algorithm.
+pub(super) fn public_key_info(certificate: &[u8]) -> Option<&[u8]> {
+    let (_, certificate, _, _) = element(certificate)?;
+    let (_, mut fields, _, _) = element(certificate)?;
+    // Version, serial number, algorithm, issuer, validity, subject.
+    for _ in 0..6 {
+        fields = element(fields)?.3;
+    }
+    element(fields).map(|(_, _, whole, _)| whole)
+}
+
 /// All DNS names below; nothing else in a request has their tag.
 fn find_names<'a>(mut bytes: &'a [u8], found: &mut Vec<&'a [u8]>) {
     while let Some((tag, content, _, rest)) = element(bytes) {

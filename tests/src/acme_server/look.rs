@@ -6,12 +6,14 @@ use std::time::Duration;
 use aws_lc_rs::digest::{SHA256, digest};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
+use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+
+use super::issue::public_key_info;
 
 /// How long somebody may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -31,7 +33,7 @@ fn wrong(text: &str) -> Missing {
 pub(super) async fn by_tls(port: u16, name: &str, authorization: &str) -> Result<(), Missing> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()
+        .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| connection(&e))?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
@@ -118,12 +120,11 @@ impl ServerCertVerifier for Anybody {
 
     fn verify_tls12_signature(
         &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let known = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signed, known)
+        Err(rustls::Error::General("TLS 1.3 was agreed on".to_owned()))
     }
 
     fn verify_tls13_signature(
@@ -132,8 +133,11 @@ impl ServerCertVerifier for Anybody {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        // As a whole nobody accepts it: it has a critical extension.
+        let key = public_key_info(certificate).ok_or(CertificateError::BadEncoding)?;
+        let key = SubjectPublicKeyInfoDer::from(key);
         let known = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signed, known)
+        rustls::crypto::verify_tls13_signature_with_raw_key(message, &key, signed, known)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
