@@ -54,6 +54,8 @@ pub struct Config {
     pub admin: AdminAddress,
     /// Host names of the admin listener, beside loopback addresses and `localhost`.
     pub admin_names: Vec<String>,
+    /// Host names under which operators come in by the public port too.
+    pub admin_public: Vec<String>,
     /// The helper.
     pub helper: HelperSettings,
     /// Whose tokens are accepted under the strict policy.
@@ -434,6 +436,12 @@ impl Config {
         })?;
         let base = path.parent().unwrap_or(Path::new(""));
         check::check(raw, base, env).map_err(ConfigError::Invalid)
+    }
+
+    /// Whether operators may ask for this host.
+    pub fn is_admin_name(&self, name: &str) -> bool {
+        let mut names = self.admin_names.iter().chain(&self.admin_public);
+        names.any(|n| n == name)
     }
 
     /// Puts back what cannot change while the process runs, and names it.

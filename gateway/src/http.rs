@@ -7,6 +7,7 @@
 pub mod answer;
 pub mod join;
 mod login;
+mod office;
 pub mod request;
 
 use std::convert::Infallible;
@@ -14,10 +15,11 @@ use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use axum::Router;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::header::HeaderMap;
@@ -70,6 +72,8 @@ pub struct Front {
     pub table: Arc<Table>,
     /// Who came for the demonstration.
     pub audience: Audience,
+    /// The operators' API, for a name of theirs on the public port.
+    pub office: OnceLock<Router>,
     /// Strangers.
     pub pending: Arc<Pending>,
     /// Those who failed.
@@ -103,6 +107,7 @@ impl Front {
             table,
             sessions,
             audience: Audience::default(),
+            office: OnceLock::new(),
             pending: Arc::default(),
             failures: Failures::new(),
             refusals: Refusals::new(Instant::now()),
@@ -239,6 +244,14 @@ async fn respond(
 ) -> Result<Answer, Refusal> {
     let config = front.config();
     let (head, body) = request.into_parts();
+    if office::is_asked(&head, &visitor, tls, &config)
+        && let Some(router) = front.office.get()
+    {
+        request::sizes(&head)?;
+        let place = Place::of(visitor.address(&head.headers));
+        let request = Request::from_parts(head, body);
+        return office::respond(front, router.clone(), request, place).await;
+    }
     if let Some(text) = challenged(front, &head) {
         return Ok(answer::plain(text));
     }

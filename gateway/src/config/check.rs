@@ -95,10 +95,17 @@ pub(super) fn check(
         .0,
     };
     let names = Names::new(raw.names)?;
-    let acme = acme::check(raw.acme, base, names.all(), raw.tls.is_some())?;
     let admin = env("RVPN_ADMIN").or(raw.admin.address);
     let admin_names = Names::new(raw.admin.names)?.all().to_vec();
-    let own = names.all().iter().chain(&admin_names);
+    let admin_public = Names::new(raw.admin.public)?.all().to_vec();
+    if let Some(name) = admin_public.iter().find(|n| names.lists(n)) {
+        return Err(format!(
+            "admin: public: \"{name}\" is among names already; operators need a name of their own"
+        ));
+    }
+    let own = names.all().iter().chain(&admin_names).chain(&admin_public);
+    let named: Vec<String> = names.all().iter().chain(&admin_public).cloned().collect();
+    let acme = acme::check(raw.acme, base, &named, raw.tls.is_some())?;
     let serve = serve::check(raw.serve, raw.name, own)?;
     Ok(Config {
         state_dir: state_dir.unwrap_or_else(|| STATE_DIR.into()),
@@ -115,6 +122,7 @@ pub(super) fn check(
         front: front::settings(&raw.front)?,
         admin: admin_address(admin.as_deref().unwrap_or(ADMIN))?,
         admin_names,
+        admin_public,
         helper,
         keys,
         legacy,

@@ -150,6 +150,8 @@ pub(super) struct Admin {
     pub(super) address: Option<String>,
     #[serde(default)]
     pub(super) names: Vec<String>,
+    #[serde(default)]
+    pub(super) public: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
