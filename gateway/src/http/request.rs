@@ -124,6 +124,13 @@ impl Host {
     }
 }
 
+impl Host {
+    /// Without its port.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
 /// Whom the request is for. It must say so once, and the same everywhere.
 pub fn host(head: &Parts, names: &Names) -> Result<Host, Refusal> {
     let found = own_host(head)?;
