@@ -42,6 +42,9 @@ pub(crate) enum Command {
     Token(Token),
     /// Invite a device (operators)
     Invite(Invite),
+    /// See, open and close the gateway's ports (operators)
+    #[command(subcommand)]
+    Listener(Listener),
     /// See and end sessions (operators)
     #[command(subcommand)]
     Session(Session),
@@ -350,6 +353,43 @@ pub(crate) struct Invite {
     /// Take an invite back
     #[arg(long, value_name = "ID", conflicts_with_all = ["account", "list"])]
     pub(crate) remove: Option<String>,
+}
+
+/// See [`Command::Listener`].
+#[derive(Debug, Subcommand)]
+pub(crate) enum Listener {
+    /// All of them
+    Ls {
+        #[command(flatten)]
+        admin: Admin,
+    },
+    /// Open one now
+    Add(ListenerAdd),
+    /// Close one; whoever came through it stays
+    Rm {
+        #[command(flatten)]
+        admin: Admin,
+        /// PORT or ADDRESS:PORT, as `ls` shows it
+        at: String,
+    },
+}
+
+/// See [`Listener::Add`].
+#[derive(Args, Debug)]
+pub(crate) struct ListenerAdd {
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// PORT (on all addresses) or ADDRESS:PORT
+    pub(crate) at: String,
+    /// What is expected: auto (default), tls or plain
+    #[arg(long, conflicts_with = "name")]
+    pub(crate) mode: Option<String>,
+    /// A served name that all visitors go to, whatever they speak
+    #[arg(long = "for", value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// A network whose connections begin with a PROXY v2 header (may be repeated)
+    #[arg(long, value_name = "NETWORK")]
+    pub(crate) proxy_from: Vec<String>,
 }
 
 /// See [`Command::Session`].

@@ -59,6 +59,7 @@ async fn run(command: Command) -> Outcome {
         Command::Join(args) => join::run(args).await,
         Command::Token(what) => op::token::run(what).await,
         Command::Invite(args) => op::invite::run(args).await,
+        Command::Listener(what) => op::listener::run(what).await,
         Command::Session(what) => op::session::run(what).await,
         Command::Usage(args) => op::session::usage(args).await,
         Command::Up(args) => up::run(args).await,

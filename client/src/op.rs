@@ -1,6 +1,7 @@
 //! What operators ask of their gateway.
 
 pub(crate) mod invite;
+pub(crate) mod listener;
 pub(crate) mod session;
 pub(crate) mod token;
 

@@ -8,6 +8,7 @@
 mod answer;
 mod guard;
 mod handlers;
+mod listeners;
 pub mod view;
 
 use std::io;
@@ -110,6 +111,8 @@ pub fn router(desk: Arc<Desk>) -> Router {
             "/revocations/{scope}/{value}",
             delete(handlers::remove_revocation),
         )
+        .route("/listeners", get(listeners::list).post(listeners::add))
+        .route("/listeners/{address}", delete(listeners::remove))
         .route("/keys", get(handlers::keys))
         .route("/keys/{id}", delete(handlers::remove_key));
     Router::new()

@@ -5,6 +5,7 @@
 
 pub(crate) mod check;
 mod demo;
+mod front;
 mod nearest;
 mod net;
 mod raw;
@@ -20,7 +21,7 @@ use std::time::Duration;
 use rvpn_ipc::Class;
 use rvpn_proto::control::Prefix;
 use rvpn_proto::dialect::{Dialect as Variant, Padding};
-use rvpn_proto::name::Pattern;
+use rvpn_proto::name::{Name, Pattern};
 
 pub use self::net::{Names, Network, host_of};
 pub use self::secret::Secret;
@@ -41,6 +42,10 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// Certificate files; without them one is made and kept in the state directory.
     pub certificate: Option<CertificateFiles>,
+    /// Certificates of more names.
+    pub certificates: Vec<NamedCertificate>,
+    /// Where visitors go who speak neither TLS nor HTTP.
+    pub front: FrontSettings,
     /// Where operators come in.
     pub admin: AdminAddress,
     /// Host names of the admin listener, beside loopback addresses and `localhost`.
@@ -100,6 +105,26 @@ pub struct CertificateFiles {
     pub chain: PathBuf,
     /// The key.
     pub key: PathBuf,
+}
+
+/// A certificate for some names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedCertificate {
+    /// Exact or with a wildcard.
+    pub names: Vec<Pattern>,
+    /// Where it is.
+    pub files: CertificateFiles,
+}
+
+/// Who serves visitors that do not say for whom they come.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FrontSettings {
+    /// Those who speak SSH.
+    pub ssh: Option<Name>,
+    /// Those who speak something else.
+    pub other: Option<Name>,
+    /// Those who wait to be spoken to.
+    pub silent: Option<Name>,
 }
 
 /// Where the admin API listens.
@@ -340,11 +365,6 @@ impl Config {
         let mut found = Vec::new();
         keep(&mut self.state_dir, &old.state_dir, "state-dir", &mut found);
         keep(&mut self.user, &old.user, "user", &mut found);
-        let addresses = |c: &Config| c.listeners.iter().map(|l| l.address).collect::<Vec<_>>();
-        if addresses(self) != addresses(old) {
-            self.listeners.clone_from(&old.listeners);
-            found.push("listener");
-        }
         keep(&mut self.admin, &old.admin, "admin", &mut found);
         keep(&mut self.helper, &old.helper, "helper", &mut found);
         keep(&mut self.session, &old.session, "session", &mut found);

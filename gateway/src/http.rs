@@ -26,6 +26,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rvpn_proto::control::SUBPROTOCOL;
+use rvpn_proto::name::Name;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -39,6 +40,7 @@ use crate::auth::Gate;
 use crate::auth::live::Pass;
 use crate::config::Config;
 use crate::demo::{self, Audience, Guest};
+use crate::front::listeners::Listeners;
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
 use crate::serve::proxy;
 use crate::serve::proxy::first::{self, First};
@@ -74,6 +76,8 @@ pub struct Front {
     pub refusals: Refusals,
     /// TLS handshakes at once.
     pub handshakes: Semaphore,
+    /// Where people come in.
+    pub listeners: Listeners,
     stopping: AtomicBool,
 }
 
@@ -99,6 +103,7 @@ impl Front {
             failures: Failures::new(),
             refusals: Refusals::new(Instant::now()),
             handshakes,
+            listeners: Listeners::default(),
             stopping: AtomicBool::new(false),
         })
     }
@@ -135,7 +140,7 @@ impl Front {
 }
 
 /// Who connects, as far as is known before a login.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Visitor {
     /// The address behind a proxy that said so by PROXY v2.
     pub peer: SocketAddr,
@@ -143,6 +148,10 @@ pub struct Visitor {
     pub believed: bool,
     /// Which listener it came through.
     pub listener: usize,
+    /// The port it came to.
+    pub port: u16,
+    /// Whom it asked for when TLS ended here, if it did and said so.
+    pub asked: Option<Name>,
 }
 
 impl Visitor {
@@ -185,6 +194,7 @@ pub async fn serve(front: Arc<Front>, mut io: Io, visitor: Visitor, pass: Pendin
     let let_in: Let = Arc::default();
     let service = service_fn(|request| {
         let (front, let_in) = (Arc::clone(&front), Arc::clone(&let_in));
+        let visitor = visitor.clone();
         let answer: Pin<Box<dyn Future<Output = Result<Answer, Infallible>> + Send>> =
             Box::pin(async move {
                 let answered = respond(&front, request, visitor, tls, &let_in).await;

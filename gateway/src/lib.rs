@@ -8,6 +8,7 @@ pub mod cores;
 pub mod demo;
 pub mod dialects;
 pub mod fd;
+pub mod front;
 pub mod helper;
 pub mod http;
 pub mod lifecycle;

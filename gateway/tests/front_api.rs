@@ -37,7 +37,7 @@ impl SessionDirectory for OneSession {
             peer: "192.0.2.1:4000".parse().unwrap(),
             started_ms: 1000,
             addresses: vec!["10.64.0.2".parse().unwrap()],
-            slot: 0,
+            slot: Some(0),
             outbound: (&side).into(),
             inbound: (&Side::default()).into(),
         };

@@ -49,6 +49,11 @@ impl Counted {
         self.socket()?.peer_addr()
     }
 
+    /// Waits until there is something to read, or an end.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.socket()?.readable().await
+    }
+
     fn socket(&self) -> io::Result<&TcpStream> {
         self.tcp
             .as_ref()

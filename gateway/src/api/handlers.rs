@@ -19,9 +19,9 @@ use crate::config::check::is_name;
 use crate::http::join;
 use crate::store::{DeviceKey, Invite, Revocation, Scope, UsageQuery};
 
-type Answer<T> = Result<Json<T>, Problem>;
+pub(super) type Answer<T> = Result<Json<T>, Problem>;
 type Asked<T> = Result<Query<T>, QueryRejection>;
-type Sent = Result<Bytes, BytesRejection>;
+pub(super) type Sent = Result<Bytes, BytesRejection>;
 
 /// Longest list of the ledger.
 const MOST_ROWS: u32 = 10_000;
@@ -213,7 +213,7 @@ pub(super) struct Invited {
     invite: Invite,
 }
 
-fn body<T: DeserializeOwned>(sent: Sent) -> Result<T, Problem> {
+pub(super) fn body<T: DeserializeOwned>(sent: Sent) -> Result<T, Problem> {
     let bytes = sent.map_err(|e| Problem::new(e.status(), e.body_text()))?;
     serde_json::from_slice(&bytes).map_err(|e| Problem::bad(e.to_string()))
 }

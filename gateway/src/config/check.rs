@@ -13,8 +13,8 @@ use rvpn_proto::name::Pattern;
 use super::raw::{self, Raw};
 use super::{
     AdminAddress, Algorithm, CertificateFiles, Config, Dialect, HelperSettings, Key, KeySource,
-    Legacy, Limits, Listener, Log, Mode, Names, Network, Secret, SessionSettings, demo, host_of,
-    serve,
+    Legacy, Limits, Listener, Log, Mode, Names, Network, Secret, SessionSettings, demo, front,
+    host_of, serve,
 };
 
 /// Where the system keeps the certificates that everybody believes.
@@ -109,6 +109,8 @@ pub(super) fn check(
             chain: base.join(tls.certificate),
             key: base.join(tls.key),
         }),
+        certificates: front::certificates(raw.certificate, base)?,
+        front: front::settings(&raw.front)?,
         admin: admin_address(admin.as_deref().unwrap_or(ADMIN))?,
         admin_names,
         helper,

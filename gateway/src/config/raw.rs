@@ -24,6 +24,10 @@ pub(super) struct Raw {
     pub(super) listener: Vec<Listener>,
     pub(super) tls: Option<Tls>,
     #[serde(default)]
+    pub(super) certificate: Vec<Certificate>,
+    #[serde(default)]
+    pub(super) front: Front,
+    #[serde(default)]
     pub(super) admin: Admin,
     #[serde(default)]
     pub(super) helper: Helper,
@@ -71,9 +75,9 @@ pub(super) struct Listener {
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Mode {
     #[default]
+    Auto,
     Tls,
     Plain,
-    Auto,
 }
 
 #[derive(Debug, Deserialize)]
@@ -81,6 +85,22 @@ pub(super) enum Mode {
 pub(super) struct Tls {
     pub(super) certificate: PathBuf,
     pub(super) key: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Certificate {
+    pub(super) names: Vec<String>,
+    pub(super) chain: PathBuf,
+    pub(super) key: PathBuf,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Front {
+    pub(super) default_service: Option<String>,
+    pub(super) ssh: Option<String>,
+    pub(super) silent: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -17,7 +17,7 @@ fn refused(more: &str) -> String {
 #[test]
 fn the_least_that_is_needed() {
     let config = with("").unwrap();
-    assert_eq!(config.listeners[0].mode, Mode::Tls);
+    assert_eq!(config.listeners[0].mode, Mode::Auto);
     assert_eq!(config.helper.uid, 7);
     assert_eq!(
         config.admin,
@@ -175,6 +175,38 @@ fn what_a_reload_cannot_change_is_kept_and_named() {
     assert_eq!(new.keep_fixed(&old), ["state-dir", "limits.max-clients"]);
     assert_eq!(new.state_dir, old.state_dir);
     assert_eq!(new.listeners[0].mode, Mode::Plain);
+}
+
+#[test]
+fn certificates_and_services_by_name() {
+    let config = with(
+        "[[certificate]]\nnames = [\"App.Example.\", \"*.b.example\"]\nchain = \"c.pem\"\nkey = \"k.pem\"\n\
+         [front]\ndefault-service = \"box.example\"\nsilent = \"mail.example\"\n",
+    )
+    .unwrap();
+    let names: Vec<_> = config.certificates[0]
+        .names
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(names, ["app.example", "*.b.example"]);
+    assert_eq!(
+        config.certificates[0].files.key,
+        Path::new("/etc/rvpn/k.pem")
+    );
+    let text = |name: &Option<Name>| name.as_ref().map(ToString::to_string);
+    let front = &config.front;
+    assert_eq!(text(&front.ssh).as_deref(), Some("box.example"));
+    assert_eq!(text(&front.other).as_deref(), Some("box.example"));
+    assert_eq!(text(&front.silent).as_deref(), Some("mail.example"));
+    let twice =
+        "[[certificate]]\nnames = [\"a.example\", \"A.example\"]\nchain = \"c\"\nkey = \"k\"\n";
+    assert!(refused(twice).contains("a.example\" is there twice"));
+    assert!(
+        refused("[[certificate]]\nnames = []\nchain = \"c\"\nkey = \"k\"\n")
+            .contains("names is empty")
+    );
+    assert!(refused("[front]\nssh = \"a b\"\n").contains("front: ssh \"a b\""));
 }
 
 #[test]

@@ -26,7 +26,6 @@ use crate::config::{Config, Listener};
 use crate::cores::Cores;
 use crate::helper::{Helper, HelperConfig};
 use crate::http::Front;
-use crate::listener;
 use crate::meter::flush::{Flusher, UsageStore, now_ms};
 use crate::meter::{Meter, Orphan};
 use crate::session::{Sessions, Settings, Shared};
@@ -81,7 +80,7 @@ async fn serve(
         admin,
     } = prepared;
     let config = Arc::new(config);
-    let shared = start_sessions(&config, &store).await?;
+    let (shared, translated) = start_sessions(&config, &store).await?;
     let sessions = Sessions(Arc::clone(&shared));
     let front = Front::new(
         Arc::clone(&config),
@@ -89,16 +88,12 @@ async fn serve(
         tls,
         Arc::new(sessions.clone()),
     );
-    let (stop_tx, stop) = watch::channel(false);
+    front.listeners.forbid(translated);
     let mut tasks = JoinSet::new();
-    for (number, socket) in public.into_iter().enumerate() {
-        let socket = TcpListener::from_std(socket).map_err(|e| Failure::Internal(e.into()))?;
-        tasks.spawn(listener::run(
-            Arc::clone(&front),
-            number,
-            socket,
-            stop.clone(),
-        ));
+    for ((socket, origin), settings) in public.into_iter().zip(&config.listeners) {
+        let listeners = &front.listeners;
+        let adopted = listeners.adopt(&front, socket, settings.clone(), origin);
+        adopted.map_err(|e| Failure::Internal(e.into()))?;
     }
     let (token, socket) = admin_socket(&config, admin).map_err(Failure::Internal)?;
     let desk = Arc::new(Desk {
@@ -132,7 +127,7 @@ async fn serve(
     info!("shutting down");
     tell(&[NotifyState::Stopping]);
     front.stop();
-    stop_tx.send_replace(true);
+    front.listeners.close().await;
     let deadline = Instant::now() + config.limits.drain_time;
     sessions.drain(config.limits.drain_time).await;
     let left = connections_left(&front.gate, deadline).await;
@@ -170,7 +165,11 @@ async fn connections_left(gate: &Gate, deadline: Instant) -> usize {
     gate.connections()
 }
 
-async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, Failure> {
+/// The sessions, and the ports that the helper translates connections to.
+async fn start_sessions(
+    config: &Config,
+    store: &Store,
+) -> Result<(Arc<Shared>, (u16, u16)), Failure> {
     let helper = Helper::start(HelperConfig {
         socket: config.helper.socket.clone(),
         uid: config.helper.uid,
@@ -183,8 +182,8 @@ async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, F
             config.helper.socket.display()
         )));
     };
-    check_nat_range(&config.listeners, (pool.nat_low, pool.nat_high))
-        .map_err(|e| Failure::Config(anyhow!(e)))?;
+    let translated = (pool.nat_low, pool.nat_high);
+    check_nat_range(&config.listeners, translated).map_err(|e| Failure::Config(anyhow!(e)))?;
     if pool.slots as usize > config.limits.max_clients {
         warn!(
             slots = pool.slots,
@@ -215,13 +214,8 @@ async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, F
         dns: config.session.dns.clone(),
         routes: config.session.routes.clone(),
     };
-    Ok(Shared::new(
-        cores,
-        helper,
-        Arc::new(meter),
-        tickets,
-        settings,
-    ))
+    let shared = Shared::new(cores, helper, Arc::new(meter), tickets, settings);
+    Ok((shared, translated))
 }
 
 /// Closes the accounts of a dead process that had our number, which is the rule
@@ -331,7 +325,7 @@ impl Signals {
 
 /// Takes over a changed configuration, all of it or nothing. Who is connected
 /// stays so.
-fn reload(path: &Path, front: &Front) {
+fn reload(path: &Path, front: &Arc<Front>) {
     match try_reload(path, front) {
         Ok(kept) => {
             for what in kept {
@@ -347,13 +341,15 @@ fn reload(path: &Path, front: &Front) {
 }
 
 /// Puts the file's configuration in force, or changes nothing.
-fn try_reload(path: &Path, front: &Front) -> anyhow::Result<Vec<&'static str>> {
+fn try_reload(path: &Path, front: &Arc<Front>) -> anyhow::Result<Vec<&'static str>> {
     let mut config = Config::load(path, |name| std::env::var(name).ok())?;
     let kept = config.keep_fixed(&front.config());
     let certificate = Tls::prepare(&config)?;
     let keys = Gate::prepare(&config)?;
+    let listeners = front.listeners.plan(&config.listeners)?;
     front.tls.commit(certificate);
     front.gate.commit(keys);
     front.configure(Arc::new(config));
+    front.listeners.follow(front, listeners);
     Ok(kept)
 }
