@@ -803,6 +803,34 @@ async fn r_26_ssh_and_unknown_protocols_go_where_the_configuration_says() {
 }
 
 #[tokio::test]
+async fn r_26_ssh_inside_tls_goes_to_the_client_in_whose_place_tls_ends() {
+    let lab = Lab::and(ROOM).await;
+    let table = &lab.front.table;
+    let device = serve(table, "soft.example", None, Ending::Here, speaks_first);
+    for (sent, greeted) in [
+        (&b"SSH-2.0-x\r\n"[..], "220 ssh on true\r\n"),
+        (b"\0binary", "220 tcp on true\r\n"),
+    ] {
+        let (_, mut io) = any(&lab, "soft.example").await;
+        io.write_all(sent).await.unwrap();
+        let mut answer = vec![0; greeted.len() + sent.len()];
+        let read = timeout(PATIENCE, io.read_exact(&mut answer)).await;
+        read.unwrap().unwrap();
+        assert_eq!(answer, [greeted.as_bytes(), sent].concat());
+    }
+    assert_eq!(device.visits(), 2);
+    // Not for the gateway's own name: there it is HTTP or nothing.
+    let (_, mut io) = any(&lab, NAME).await;
+    io.write_all(b"SSH-2.0-x\r\n\r\n").await.unwrap();
+    let answer = read_to_end(&mut io).await;
+    assert!(
+        answer.is_empty() || answer.starts_with(b"HTTP/1.1 400"),
+        "{answer:?}"
+    );
+    assert_eq!(device.visits(), 2);
+}
+
+#[tokio::test]
 async fn a_listener_for_one_protocol_refuses_the_others() {
     let tls = Lab::with(Setup {
         listener: "mode = \"tls\"\n",
