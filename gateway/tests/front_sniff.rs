@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use front_support::client::{ask, read_reply, read_to_end};
 use front_support::served::{Device, compare, serve, tls_device};
+use front_support::trust::trusting;
 use front_support::{Lab, NAME, PATIENCE, Setup};
 use futures_util::future::join_all;
 use greeting::{Greeting, list8, names, records};
@@ -685,13 +686,7 @@ async fn any(lab: &Lab, name: &str) -> Shown {
 
 /// Connects believing anybody, as far as signatures are right.
 async fn offering(lab: &Lab, name: &str, protocol: &[u8]) -> std::io::Result<Shown> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
-        .with_no_client_auth();
+    let mut config = (**trusting().config()).clone();
     config.alpn_protocols = vec![protocol.to_vec()];
     let name = ServerName::try_from(name.to_owned()).unwrap();
     let io = TlsConnector::from(Arc::new(config))
@@ -699,46 +694,6 @@ async fn offering(lab: &Lab, name: &str, protocol: &[u8]) -> std::io::Result<Sho
         .await?;
     let shown = io.get_ref().1.peer_certificates().unwrap()[0].clone();
     Ok((shown, io))
-}
-
-#[derive(Debug)]
-struct Anybody(Arc<rustls::crypto::CryptoProvider>);
-
-impl rustls::client::danger::ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: rustls::pki_types::UnixTime,
-    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
-        Ok(rustls::client::danger::ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        let known = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signed, known)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        let known = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signed, known)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
 }
 
 /// Greets first, then repeats.
