@@ -12,7 +12,7 @@
 pub mod decide;
 mod go;
 pub mod listeners;
-mod look;
+pub(crate) mod look;
 pub mod named;
 
 use std::net::SocketAddr;

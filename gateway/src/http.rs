@@ -42,6 +42,7 @@ use crate::config::Config;
 use crate::demo::{self, Audience, Guest};
 use crate::front::listeners::Listeners;
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
+use crate::serve::ports::Ports;
 use crate::serve::proxy;
 use crate::serve::proxy::first::{self, First};
 use crate::serve::table::Table;
@@ -92,7 +93,7 @@ impl Front {
         let handshakes = Semaphore::new(config.limits.handshakes);
         let table = sessions.table();
         table.configure(config.serve.clone());
-        Arc::new(Front {
+        let front = Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
@@ -105,7 +106,9 @@ impl Front {
             handshakes,
             listeners: Listeners::default(),
             stopping: AtomicBool::new(false),
-        })
+        });
+        front.table.listen_by(Arc::new(Ports::of(&front)));
+        front
     }
 
     /// The configuration in force.

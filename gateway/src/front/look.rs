@@ -16,7 +16,7 @@ use crate::admit::{Counted, Prefixed, Raw};
 use crate::config::Mode;
 
 /// How long a visitor says nothing who waits to be spoken to.
-pub(super) const SILENCE: Duration = Duration::from_secs(1);
+pub(crate) const SILENCE: Duration = Duration::from_secs(1);
 /// What is read at first: most greetings and requests fit.
 const FIRST_BYTES: usize = 2048;
 
@@ -40,21 +40,21 @@ pub enum What {
 }
 
 /// What a connection is, and the bytes that say so.
-pub(super) struct Seen {
-    pub(super) what: What,
+pub(crate) struct Seen {
+    pub(crate) what: What,
     bytes: Bytes,
 }
 
 impl Seen {
     /// The connection as if nothing had been read.
-    pub(super) fn replayed(self, counted: Counted) -> Raw {
+    pub(crate) fn replayed(self, counted: Counted) -> Raw {
         Prefixed::new(self.bytes, counted)
     }
 }
 
 /// Looks until it is clear. An end before that is an error; a deadline is the
 /// caller's matter.
-pub(super) async fn look(
+pub(crate) async fn look(
     counted: &mut Counted,
     mode: Mode,
     silence: Option<Duration>,

@@ -56,10 +56,7 @@ type Answer = Response<Body>;
 struct Connection {
     front: Arc<Front>,
     visitor: Visitor,
-    /// Whom TLS was made with.
-    sni: Option<Name>,
     tls: bool,
-    port: u16,
     /// The client that was chosen before the first request was read.
     first: Mutex<Option<Chosen>>,
     /// The stream that was used last.
@@ -75,12 +72,9 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let first = front.table.seek(&wanted, visitor.peer, &[]).await;
     let config = front.config();
     let core = first.as_ref().map(|c| c.server.carrier.core());
-    let sni = io.server_name().map(str::to_owned);
     let connection = Arc::new(Connection {
         visitor,
-        sni: sni.and_then(|text| text.parse().ok()),
         tls: io.is_tls(),
-        port: io.local_port().unwrap_or_default(),
         first: Mutex::new(first),
         upstream: Mutex::default(),
         pulse: Pulse::default(),
@@ -145,7 +139,12 @@ async fn answer(connection: &Connection, request: Request<Incoming>) -> Result<A
     let (mut parts, body) = request.into_parts();
     let wrong = || pages::closing(StatusCode::BAD_REQUEST);
     let (name, host) = head::host(&parts).ok_or_else(wrong)?;
-    if connection.sni.as_ref().is_some_and(|sni| *sni != name) {
+    if connection
+        .visitor
+        .asked
+        .as_ref()
+        .is_some_and(|asked| *asked != name)
+    {
         return Err(pages::closing(StatusCode::MISDIRECTED_REQUEST));
     }
     let config = connection.front.config();
@@ -170,10 +169,10 @@ async fn answer(connection: &Connection, request: Request<Incoming>) -> Result<A
     if upgrade.is_some() && parts.version != Version::HTTP_11 {
         return Err(wrong());
     }
-    head::forward(&mut parts, &told, upgrade.as_ref());
+    head::forward(&mut parts, &told, upgrade);
     let visit = Visit {
         peer: told.peer,
-        port: connection.port,
+        port: connection.visitor.port,
         name: Some(name),
         service: Service::Http,
     };

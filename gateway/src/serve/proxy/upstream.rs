@@ -67,7 +67,7 @@ pub(super) async fn forward(
         return Err(pages::closing(StatusCode::EXPECTATION_FAILED));
     }
     // The visitor's side of an upgrade, for when the client agrees.
-    let near = upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
+    let near = upgrade.map(|_| hyper::upgrade::on(&mut request));
     let mut upstream = match again(connection, &visit).await {
         Some(upstream) => upstream,
         None => open(connection, &visit).await?,
@@ -85,7 +85,12 @@ pub(super) async fn forward(
     let answer = match sent {
         Ok(answer) => answer,
         Err(error) => {
-            debug!(error = %error.error(), "a client gave no answer");
+            let error = error.into_error();
+            debug!(%error, "a client gave no answer");
+            if error.is_user() {
+                // The visitor's own body was none.
+                return Err(pages::closing(StatusCode::BAD_REQUEST));
+            }
             return Err(pages::page(StatusCode::BAD_GATEWAY));
         }
     };
