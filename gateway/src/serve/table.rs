@@ -418,6 +418,21 @@ impl Table {
         })
     }
 
+    /// Ends a client for good, at an operator's word. False if there is none
+    /// of this number now.
+    pub fn kick(&self, number: u64) -> bool {
+        let (carrier, ports) = self.lock().leave(number, None);
+        self.close_doors(&ports);
+        self.changed.notify_waiters();
+        match carrier {
+            Some(carrier) => {
+                carrier.end(1008, "disconnected by the operator");
+                true
+            }
+            None => false,
+        }
+    }
+
     /// Whether somebody serves the name, whatever of it.
     pub fn serves(&self, name: &Name) -> bool {
         self.nearest(name).is_some()
