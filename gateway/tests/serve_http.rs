@@ -11,6 +11,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use aws_lc_rs::digest::{SHA256, digest};
 use front_support::client::{ACCEPT, Reply, ask, read_reply, read_to_end, upgrade};
 use front_support::{Lab, NAME};
 use http_body_util::{BodyExt, Full};
@@ -146,6 +147,39 @@ async fn rev_05_sni_and_host_must_agree() {
     let reply = ask(&mut io, &get("a.ex", "/", "")).await;
     assert_eq!((reply.status, a.count()), (421, 0));
     assert_eq!(read_to_end(&mut io).await.len(), 0);
+}
+
+#[tokio::test]
+async fn rev_06_what_is_passed_through_is_untouched() {
+    let lab = Lab::new().await;
+    let mut a = serve(&lab.front.table, "alice", "1", &["a.ex"]);
+    let config = (**lab.connector(rustls::ALL_VERSIONS).config()).clone();
+    let name = ServerName::try_from("a.ex").unwrap();
+    let mut tls = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+    let mut bytes = Vec::new();
+    tls.write_tls(&mut bytes).unwrap();
+    // Whatever follows a greeting is nobody's business but the two ends'.
+    bytes.extend((0..300_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8));
+    let sum = |bytes: &[u8]| digest(&SHA256, bytes).as_ref().to_vec();
+    let mut io = lab.tcp().await;
+    let sent = bytes.clone();
+    let (mut read, mut write) = io.split();
+    let (_, mut stream) = {
+        write.write_all(&sent[..1000]).await.unwrap();
+        a.asked.recv().await.unwrap()
+    };
+    let mut got = vec![0; bytes.len()];
+    let (written, read_all) =
+        tokio::join!(write.write_all(&sent[1000..]), stream.read_exact(&mut got));
+    written.unwrap();
+    read_all.unwrap();
+    assert_eq!(sum(&got), sum(&bytes));
+    // And back.
+    let mut back = vec![0; bytes.len()];
+    let (written, read_all) = tokio::join!(stream.write_all(&bytes), read.read_exact(&mut back));
+    written.unwrap();
+    read_all.unwrap();
+    assert_eq!(sum(&back), sum(&bytes));
 }
 
 #[tokio::test]

@@ -34,6 +34,7 @@ use self::upstream::Upstream;
 use self::watched::{Pulse, Watched};
 use super::table::{Chosen, Wanted};
 use super::{Service, Visit};
+use crate::acme::CHALLENGE_PATH;
 use crate::admit::Io;
 use crate::config::serve::Http;
 use crate::http::{Front, Visitor};
@@ -45,8 +46,6 @@ const MAX_HEADERS: usize = 100;
 /// How long a request or an answer may stand still, whatever is allowed to
 /// connections that are not read.
 const STILL: Duration = Duration::from_secs(600);
-/// Where issuers of certificates look.
-const CHALLENGE: &str = "/.well-known/acme-challenge/";
 
 /// A body of ours or of a client.
 type Body = UnsyncBoxBody<Bytes, hyper::Error>;
@@ -157,7 +156,14 @@ async fn answer(connection: &Connection, request: Request<Incoming>) -> Result<A
     }
     let told = told(connection, &parts, &host);
     let path = parts.uri.path();
-    let challenge = path.starts_with(CHALLENGE);
+    let challenge = path.starts_with(CHALLENGE_PATH);
+    if challenge
+        && parts.method == Method::GET
+        && let Some(text) = connection.front.acme.answer(&name, path)
+    {
+        // Ours to answer: TLS for this name ends here.
+        return Ok(pages::plain(text));
+    }
     if !told.secure && !challenge {
         match config.serve.policy(&name).http {
             Http::Forward => {}

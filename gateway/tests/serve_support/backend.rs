@@ -15,6 +15,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use rvpn_gateway::serve::Visit;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::sync::watch;
 
 use super::Asked;
 
@@ -38,12 +39,13 @@ impl Seen {
 }
 
 /// Everything that came, in order.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Backend {
     pub(crate) seen: Arc<Mutex<Vec<Seen>>>,
     pub(crate) visits: Arc<Mutex<Vec<Visit>>>,
     /// Bytes of all streams, as they came and as they went.
     pub(crate) moved: Arc<Mutex<(Vec<u8>, u64)>>,
+    stop: watch::Sender<bool>,
 }
 
 /// How it answers.
@@ -52,14 +54,31 @@ pub(crate) type Answering = fn(&str, &Seen) -> Response<Body>;
 impl Backend {
     /// Serves all streams of a client; `canary` is known to `answering`.
     pub(crate) fn start(canary: &str, mut asked: Asked, answering: Answering) -> Backend {
-        let backend = Backend::default();
+        let backend = Backend {
+            seen: Arc::default(),
+            visits: Arc::default(),
+            moved: Arc::default(),
+            stop: watch::Sender::new(false),
+        };
         let all = backend.clone();
         let canary: Arc<str> = canary.into();
+        let mut stopped = all.stop.subscribe();
         tokio::spawn(async move {
-            while let Some((visit, stream)) = asked.recv().await {
+            loop {
+                let next = tokio::select! {
+                    next = asked.recv() => next,
+                    _ = stopped.wait_for(|s| *s) => None,
+                };
+                let Some((visit, stream)) = next else { return };
                 all.visits.lock().unwrap().push(visit);
                 let (all, canary) = (all.clone(), Arc::clone(&canary));
-                tokio::spawn(async move { all.serve(stream, &canary, answering).await });
+                tokio::spawn(async move {
+                    let mut stopped = all.stop.subscribe();
+                    tokio::select! {
+                        () = all.serve(stream, &canary, answering) => {}
+                        _ = stopped.wait_for(|s| *s) => {}
+                    }
+                });
             }
         });
         backend
@@ -80,6 +99,11 @@ impl Backend {
             .half_close(true)
             .serve_connection(TokioIo::new(tee), service)
             .await;
+    }
+
+    /// Cuts all streams off.
+    pub(crate) fn kill(&self) {
+        self.stop.send_replace(true);
     }
 
     pub(crate) fn last(&self) -> Seen {

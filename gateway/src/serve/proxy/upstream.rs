@@ -96,7 +96,7 @@ pub(super) async fn forward(
     };
     upstream.requests.response();
     match (answer.status() == StatusCode::SWITCHING_PROTOCOLS, near) {
-        (true, Some(near)) => switch(connection, upstream, answer, near),
+        (true, Some(near)) => Ok(switch(connection, upstream, answer, near)),
         // Nobody asked for it.
         (true, None) => Err(pages::closing(StatusCode::BAD_GATEWAY)),
         (false, near) => {
@@ -178,13 +178,13 @@ fn switch(
     upstream: Upstream,
     mut answer: Response<Incoming>,
     near: hyper::upgrade::OnUpgrade,
-) -> Result<Answer, Answer> {
+) -> Answer {
     let websocket = answer
         .headers()
         .get(UPGRADE)
         .is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"websocket"));
     if !websocket {
-        return Err(pages::closing(StatusCode::BAD_GATEWAY));
+        return pages::closing(StatusCode::BAD_GATEWAY);
     }
     let far = hyper::upgrade::on(&mut answer);
     let idle = connection.idle;
@@ -209,7 +209,7 @@ fn switch(
     headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
     let nothing = http_body_util::Empty::new();
     let nothing = nothing.map_err(|never| match never {}).boxed_unsync();
-    Ok(Response::from_parts(parts, nothing))
+    Response::from_parts(parts, nothing)
 }
 
 /// The answer with its body, behind which the stream is free for the next request.
