@@ -165,12 +165,12 @@ async fn rev_06_what_is_passed_through_is_untouched() {
     let sent = bytes.clone();
     let (mut read, mut write) = io.split();
     let (_, mut stream) = {
-        write.write_all(&sent[..1000]).await.unwrap();
+        write.write_all(&sent[..5000]).await.unwrap();
         a.asked.recv().await.unwrap()
     };
     let mut got = vec![0; bytes.len()];
     let (written, read_all) =
-        tokio::join!(write.write_all(&sent[1000..]), stream.read_exact(&mut got));
+        tokio::join!(write.write_all(&sent[5000..]), stream.read_exact(&mut got));
     written.unwrap();
     read_all.unwrap();
     assert_eq!(sum(&got), sum(&bytes));
