@@ -8,7 +8,6 @@
 pub mod account;
 pub mod count;
 pub mod names;
-pub mod ports;
 pub mod proxy;
 pub mod splice;
 pub mod table;

@@ -10,7 +10,6 @@ use rvpn_proto::name::Name;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::timeout;
 
-use crate::admit::Io;
 use crate::config::Config;
 use crate::serve::table::Table;
 
@@ -48,20 +47,6 @@ pub async fn look(
             None => First::Ours(bytes.freeze()),
         },
     }
-}
-
-/// Whether what comes is a request that names a host. All of it is read again
-/// by whoever is next.
-pub async fn names_a_host(io: &mut Io) -> bool {
-    let mut bytes = BytesMut::with_capacity(1024);
-    // Whatever ended it, what was read counts.
-    drop(read_head(io, &mut bytes).await);
-    let named = bytes[..]
-        .split(|b| *b == b'\n')
-        .skip(1)
-        .any(|line| line.len() > 4 && line[..5].eq_ignore_ascii_case(b"host:"));
-    io.unread(bytes.freeze());
-    named
 }
 
 async fn read_head(io: &mut (impl AsyncRead + Unpin), bytes: &mut BytesMut) -> std::io::Result<()> {
