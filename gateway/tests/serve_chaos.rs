@@ -137,7 +137,6 @@ async fn visitor(at: std::net::SocketAddr, mut dice: Dice, score: Arc<Score>) {
             }
             Some((502, _)) => {
                 score.unserved.fetch_add(1, SeqCst);
-                io = Some(connection);
             }
             Some((status, _)) => panic!("{status} is no answer here"),
             None => drop(score.cut.fetch_add(1, SeqCst)),

@@ -33,6 +33,7 @@ use self::head::Told;
 use self::upstream::Upstream;
 use self::watched::{Pulse, Watched};
 use super::table::{Chosen, Wanted};
+use super::visit::watch_over;
 use super::{Service, Visit};
 use crate::acme::CHALLENGE_PATH;
 use crate::admit::Io;
@@ -58,6 +59,8 @@ struct Connection {
     tls: bool,
     /// The client that was chosen before the first request was read.
     first: Mutex<Option<Chosen>>,
+    /// Its place among the strangers, until it is counted among a client's visitors.
+    pass: Mutex<Option<PendingPass>>,
     /// The stream that was used last.
     upstream: Mutex<Option<Upstream>>,
     pulse: Pulse,
@@ -75,6 +78,7 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
         visitor,
         tls: io.is_tls(),
         first: Mutex::new(first),
+        pass: Mutex::new(Some(pass)),
         upstream: Mutex::default(),
         pulse: Pulse::default(),
         idle: config.serve.idle,
@@ -83,15 +87,10 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let head_time = config.limits.login_time;
     match core {
         Some(core) => {
-            // From here on it counts among the account's visitors.
-            drop(pass);
             let task = async move { run(connection, io, head_time, true).await };
             front.sessions.run(core, Box::pin(task));
         }
-        None => {
-            run(connection, io, head_time, false).await;
-            drop(pass);
-        }
+        None => run(connection, io, head_time, false).await,
     }
 }
 
@@ -99,6 +98,7 @@ async fn run(connection: Arc<Connection>, mut io: Io, head_time: Duration, moved
     if moved && let Err(error) = io.rehome() {
         return debug!(%error, "cannot move a visitor to its server's core");
     }
+    watch_over(&io);
     let still = connection.idle.min(STILL);
     let pulse = connection.pulse.clone();
     let service = service_fn(|request| {
@@ -130,6 +130,8 @@ async fn run(connection: Arc<Connection>, mut io: Io, head_time: Duration, moved
 async fn respond(connection: &Connection, request: Request<Incoming>) -> Answer {
     match answer(connection, request).await {
         Ok(answer) => answer,
+        // Whoever is counted nowhere any more does not stay for pages.
+        Err(page) if lock(&connection.pass).is_none() => pages::close(page),
         Err(page) => page,
     }
 }
@@ -201,6 +203,11 @@ fn told(connection: &Connection, parts: &hyper::http::request::Parts, host: &str
 impl Connection {
     fn take_first(&self) -> Option<Chosen> {
         lock(&self.first).take()
+    }
+
+    /// From here on it counts among a client's visitors.
+    fn settle(&self) {
+        lock(&self.pass).take();
     }
 
     fn take_upstream(&self) -> Option<Upstream> {

@@ -100,7 +100,8 @@ pub(super) fn plain(text: String) -> Answer {
     answer
 }
 
-fn close(mut answer: Answer) -> Answer {
+/// After it nothing of the connection is read.
+pub(super) fn close(mut answer: Answer) -> Answer {
     let close = HeaderValue::from_static("close");
     answer.headers_mut().insert(CONNECTION, close);
     answer

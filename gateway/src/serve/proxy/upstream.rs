@@ -144,6 +144,7 @@ async fn open(connection: &Connection, visit: &Visit) -> Result<Upstream, Answer
                     Unserved::Nobody | Unserved::Failed => StatusCode::BAD_GATEWAY,
                 })
             })?;
+    connection.settle();
     let failed = || pages::page(StatusCode::BAD_GATEWAY);
     if chosen.proxy {
         let header = proxy_header(visit.peer, visit.port);
