@@ -710,12 +710,20 @@ impl State {
         }
     }
 
+    /// Puts the next frame that is no visitor's bytes into `buffer`, if there is one.
+    pub(super) fn last_word(&mut self, buffer: &mut Vec<u8>) -> bool {
+        buffer.clear();
+        let word = self.words.pop_front();
+        word.is_some_and(|word| {
+            buffer.extend_from_slice(&word);
+            true
+        })
+    }
+
     /// Puts the next frame to send into `buffer`, words first. False if there
     /// is none.
     pub(super) fn frame(&mut self, buffer: &mut Vec<u8>, now: Instant) -> bool {
-        buffer.clear();
-        if let Some(word) = self.words.pop_front() {
-            buffer.extend_from_slice(&word);
+        if self.last_word(buffer) {
             return true;
         }
         while let Some(number) = self.ready.pop_front() {

@@ -58,7 +58,7 @@ const PROBED: Duration = Duration::from_secs(2);
 
 /// A tunnel, running.
 pub(super) struct Run {
-    pub(super) socket: Socket,
+    socket: Socket,
     pub(super) state: State,
     decoder: Decoder,
     asks: mpsc::Receiver<Ask>,
@@ -154,6 +154,18 @@ impl Run {
         .await
     }
 
+    /// Gives the connection away, with what is left to say in front of a farewell.
+    pub(super) fn into_socket(mut self) -> Socket {
+        self.state.end();
+        while self.state.last_word(&mut self.buffer) {
+            let word = Bytes::copy_from_slice(&self.buffer);
+            if self.feed(Message::Binary(word)).is_err() {
+                break;
+            }
+        }
+        self.socket
+    }
+
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<Over> {
         let now = Instant::now();
         if let Poll::Ready(Some(order)) = self.orders.poll_recv(cx) {
@@ -166,10 +178,12 @@ impl Run {
         if let Poll::Ready(reason) = self.state.tokens.poll_over(cx) {
             return Poll::Ready(Over::Close(1008, reason));
         }
+        let more = self.visitors(cx, now);
         let more = self
-            .verdicts(cx)
-            .map(|()| self.visitors(cx, now))
-            .and_then(|more| Ok(self.receive(cx, now)? | more))
+            .receive(cx, now)
+            .map(|again| again | more)
+            // Behind what asks for them, so that none is left unwatched.
+            .and_then(|more| self.verdicts(cx).map(|()| more))
             .and_then(|more| Ok(self.send(cx, now)? | more));
         match more {
             Err(over) => return Poll::Ready(over),
