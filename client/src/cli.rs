@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use rvpn_proto::control::Prefix;
 
+pub(crate) use crate::serve::args::Serve;
 use crate::text::duration;
 
 /// Client of an RVPN gateway, and its operators' tool.
@@ -33,6 +34,8 @@ pub(crate) enum Command {
     Down(Down),
     /// Show what `up` is doing
     Status(Status),
+    /// Serve something of this machine to the world (no root)
+    Serve(Box<Serve>),
     /// Ping a host through a gateway (no root)
     Ping(Ping),
     /// Check everything between here and the other side of the gateway
@@ -50,6 +53,9 @@ pub(crate) enum Command {
     Session(Session),
     /// Show who used how much (operators)
     Usage(Usage),
+    /// Certificates that the gateway gets by itself (operators)
+    #[command(subcommand)]
+    Certificate(Certificate),
     /// One part of `up`; not for people
     #[command(name = "__carry", hide = true)]
     Carry,
@@ -406,6 +412,23 @@ pub(crate) enum Session {
         admin: Admin,
         /// As `ls` shows it; its beginning is enough when only one begins so
         id: String,
+    },
+}
+
+/// See [`Command::Certificate`].
+#[derive(Debug, Subcommand)]
+pub(crate) enum Certificate {
+    /// All of them, with what went wrong
+    Ls {
+        #[command(flatten)]
+        admin: Admin,
+    },
+    /// Try again now what failed
+    Retry {
+        #[command(flatten)]
+        admin: Admin,
+        /// For which name
+        name: String,
     },
 }
 

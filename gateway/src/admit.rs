@@ -46,8 +46,21 @@ impl fmt::Debug for TokenId {
 pub enum Kind {
     /// `rvpn.packets.1`.
     Native,
+    /// `rvpn.streams.1`.
+    Streams(Arc<Via>),
     /// One of the older clients' dialects, by its path.
     Dialect(Arc<Dialect>),
+}
+
+/// How a client came to us, and its visitors will.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Via {
+    /// The gateway's name, as the client wrote it.
+    pub host: String,
+    /// Its port, likewise.
+    pub port: u16,
+    /// Whether there is TLS, here or at a proxy before us.
+    pub tls: bool,
 }
 
 /// A login that succeeded.

@@ -7,6 +7,7 @@
 pub mod answer;
 pub mod join;
 mod login;
+mod office;
 pub mod request;
 
 use std::convert::Infallible;
@@ -14,19 +15,22 @@ use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use axum::Router;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::header::HeaderMap;
+use hyper::http::request::Parts;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rvpn_proto::control::SUBPROTOCOL;
 use rvpn_proto::name::Name;
+use rvpn_proto::streams;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -35,6 +39,7 @@ use tracing::debug;
 use self::answer::{Answer, Refusal};
 use self::login::Asked;
 use self::request::Target;
+use crate::acme::{Acme, CHALLENGE_PATH};
 use crate::admit::{Admission, Io, Kind, Sessions};
 use crate::auth::Gate;
 use crate::auth::live::Pass;
@@ -61,12 +66,16 @@ pub struct Front {
     pub gate: Arc<Gate>,
     /// The certificate.
     pub tls: Arc<Tls>,
+    /// Certificates that are got and renewed by themselves.
+    pub acme: Arc<Acme>,
     /// Where those go who are.
     pub sessions: Arc<dyn Sessions>,
     /// Who serves what to the world.
     pub table: Arc<Table>,
     /// Who came for the demonstration.
     pub audience: Audience,
+    /// The operators' API, for a name of theirs on the public port.
+    pub office: OnceLock<Router>,
     /// Strangers.
     pub pending: Arc<Pending>,
     /// Those who failed.
@@ -89,15 +98,18 @@ impl Front {
         sessions: Arc<dyn Sessions>,
     ) -> Arc<Front> {
         let handshakes = Semaphore::new(config.limits.handshakes);
+        let acme = Acme::new(config.state_dir.clone(), Arc::clone(&tls));
         let table = sessions.table();
         table.configure(config.serve.clone());
         Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
+            acme,
             table,
             sessions,
             audience: Audience::default(),
+            office: OnceLock::new(),
             pending: Arc::default(),
             failures: Failures::new(),
             refusals: Refusals::new(Instant::now()),
@@ -247,6 +259,17 @@ async fn respond(
 ) -> Result<Answer, Refusal> {
     let config = front.config();
     let (head, body) = request.into_parts();
+    if office::is_asked(&head, &visitor, tls, &config)
+        && let Some(router) = front.office.get()
+    {
+        request::sizes(&head)?;
+        let place = Place::of(visitor.address(&head.headers));
+        let request = Request::from_parts(head, body);
+        return office::respond(front, router.clone(), request, place).await;
+    }
+    if let Some(text) = challenged(front, &head) {
+        return Ok(answer::plain(text));
+    }
     let host = request::host(&head, &config.names)?;
     request::sizes(&head)?;
     let asked = Asked {
@@ -271,15 +294,20 @@ async fn respond(
         Target::Packets => {
             let accept = request::upgrade(&head)?;
             request::origin(&head.headers, &host, tls, &config)?;
-            if !request::offers(&head.headers, SUBPROTOCOL) {
+            let (kind, protocol) = if request::offers(&head.headers, SUBPROTOCOL) {
+                (Kind::Native, SUBPROTOCOL)
+            } else if request::offers(&head.headers, streams::SUBPROTOCOL) {
+                let via = host.via(tls || asked.visitor.believed);
+                (Kind::Streams(Arc::new(via)), streams::SUBPROTOCOL)
+            } else {
                 return Err(Refusal::new(
                     StatusCode::BAD_REQUEST,
-                    "the subprotocol rvpn.packets.1 is missing",
+                    "the subprotocol rvpn.packets.1 or rvpn.streams.1 is missing",
                 ));
-            }
-            let led = asked.session(Kind::Native).await?;
+            };
+            let led = asked.session(kind).await?;
             *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
-            Ok(answer::switching(&accept, Some(SUBPROTOCOL)))
+            Ok(answer::switching(&accept, Some(protocol)))
         }
         Target::Dialect(dialect) => {
             let accept = request::upgrade(&head)?;
@@ -314,6 +342,17 @@ async fn respond(
             "not like this",
         )),
     }
+}
+
+/// What an authority is to find that checks a name here, ours or not. Nobody
+/// else's challenge is answered.
+fn challenged(front: &Front, head: &Parts) -> Option<String> {
+    let path = head.uri.path();
+    if head.method != Method::GET || !path.starts_with(CHALLENGE_PATH) {
+        return None;
+    }
+    let host = request::own_host(head).ok()?;
+    front.acme.answer(&Name::parse(host.name()).ok()?, path)
 }
 
 /// A body that is there at once.

@@ -1,5 +1,6 @@
 //! The gateway's parts, as a library so that tests and benches can hold them.
 
+pub mod acme;
 pub mod admit;
 pub mod api;
 pub mod auth;
@@ -11,6 +12,7 @@ pub mod fd;
 pub mod front;
 pub mod helper;
 pub mod http;
+pub mod https;
 pub mod lifecycle;
 pub mod limits;
 pub mod listener;
@@ -22,6 +24,7 @@ pub mod pump;
 pub mod serve;
 pub mod session;
 pub mod store;
+pub mod streams;
 pub mod ticket;
 pub mod tls;
 pub mod tun;

@@ -49,9 +49,22 @@ impl Counted {
         self.socket()?.peer_addr()
     }
 
-    /// Waits until there is something to read, or an end.
-    pub async fn readable(&self) -> io::Result<()> {
-        self.socket()?.readable().await
+    /// Reads the first bytes, and makes room for them only when they are there.
+    /// An empty read is an end.
+    pub async fn read_first(&mut self, room: usize) -> io::Result<Vec<u8>> {
+        loop {
+            self.socket()?.readable().await?;
+            let mut bytes = Vec::with_capacity(room);
+            match self.socket()?.try_read_buf(&mut bytes) {
+                Ok(n) => {
+                    self.read += n as u64;
+                    return Ok(bytes);
+                }
+                // It was only thought to be readable.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     fn socket(&self) -> io::Result<&TcpStream> {

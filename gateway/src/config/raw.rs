@@ -23,6 +23,7 @@ pub(super) struct Raw {
     #[serde(default)]
     pub(super) listener: Vec<Listener>,
     pub(super) tls: Option<Tls>,
+    pub(super) acme: Option<Acme>,
     #[serde(default)]
     pub(super) certificate: Vec<Certificate>,
     #[serde(default)]
@@ -105,12 +106,54 @@ pub(super) struct Front {
     pub(super) silent: Option<String>,
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Acme {
+    pub(super) directory: Option<String>,
+    pub(super) contact: Option<OneOrMany>,
+    pub(super) ca_file: Option<PathBuf>,
+    pub(super) names: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) served: bool,
+    #[serde(default)]
+    pub(super) challenge: Challenge,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    pub(super) fn many(self) -> Vec<String> {
+        match self {
+            OneOrMany::One(one) => vec![one],
+            OneOrMany::Many(many) => many,
+        }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Challenge {
+    #[serde(rename = "tls-alpn-01")]
+    TlsAlpn01,
+    #[serde(rename = "http-01")]
+    Http01,
+    #[default]
+    Both,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct Admin {
     pub(super) address: Option<String>,
     #[serde(default)]
     pub(super) names: Vec<String>,
+    #[serde(default)]
+    pub(super) public: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -278,6 +321,10 @@ pub(super) struct Session {
 pub(super) struct Log {
     pub(super) level: Option<String>,
     pub(super) format: Option<LogFormat>,
+    pub(super) file: Option<String>,
+    pub(super) rotate_mb: Option<u64>,
+    pub(super) keep: Option<u64>,
+    pub(super) keep_days: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]

@@ -65,21 +65,22 @@ pub(super) async fn look(
         return Ok(Seen { what, bytes });
     }
     // Whoever says nothing costs no buffer.
-    let patience = silence.filter(|_| mode == Mode::Auto);
-    match patience {
-        None => counted.readable().await?,
-        Some(patience) => match timeout(patience, counted.readable()).await {
-            Ok(readable) => readable?,
+    let first = counted.read_first(FIRST_BYTES);
+    let mut bytes = match silence.filter(|_| mode == Mode::Auto) {
+        None => first.await?,
+        Some(patience) => match timeout(patience, first).await {
+            Ok(first) => first?,
             Err(_) => {
                 let what = What::Silent;
                 return Ok(Seen { what, bytes });
             }
         },
+    };
+    if bytes.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let mut bytes = Vec::new();
     let mut reader = HelloReader::new();
     let what = loop {
-        more(counted, &mut bytes).await?;
         match classify(&bytes) {
             None => {}
             Some(Class::Tls) => match reader.read(&bytes) {
@@ -93,6 +94,7 @@ pub(super) async fn look(
             Some(Class::Ssh) => break What::Ssh,
             Some(Class::Other) => break What::Other,
         }
+        more(counted, &mut bytes).await?;
     };
     let bytes = bytes.into();
     Ok(Seen { what, bytes })

@@ -34,12 +34,17 @@ pub(super) struct Asked<'a> {
 impl Asked<'_> {
     /// Into a session of this kind.
     pub(super) async fn session(&self, kind: Kind) -> Result<(Way, Option<Pass>), Refusal> {
-        if let Err(why) = self.front.ready() {
+        let ready = match kind {
+            // These need no lease, so nothing of the helper.
+            Kind::Streams(_) if !self.front.stopped() => Ok(()),
+            _ => self.front.ready(),
+        };
+        if let Err(why) = ready {
             debug!(%why, "not ready for a client");
             return Err(Refusal::busy(Duration::from_secs(2)));
         }
         let (policy, dialect) = match &kind {
-            Kind::Native => (Policy::Strict, None),
+            Kind::Native | Kind::Streams(_) => (Policy::Strict, None),
             Kind::Dialect(dialect) => (Gate::policy_of(dialect), Some(&**dialect)),
         };
         let anonymous = policy == Policy::Anonymous;

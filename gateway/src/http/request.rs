@@ -12,6 +12,7 @@ use rvpn_proto::control::PATH;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::answer::Refusal;
+use crate::admit::Via;
 use crate::auth::base64;
 use crate::auth::credential::{MAX_TOKEN, subprotocols};
 use crate::config::{Config, Demo, Dialect, Names, host_of};
@@ -110,6 +111,24 @@ fn is_tunnel(head: &Parts) -> bool {
     let versions = query.split('&').any(|p| p.starts_with("versions="));
     let likely = path == "/" || path.ends_with("/ws") || versions;
     likely && lists(&head.headers, &CONNECTION, "upgrade") && head.headers.contains_key(UPGRADE)
+}
+
+impl Host {
+    /// How the request came, by what it says.
+    pub(super) fn via(&self, tls: bool) -> Via {
+        Via {
+            host: self.name.clone(),
+            port: self.port.unwrap_or(if tls { 443 } else { 80 }),
+            tls,
+        }
+    }
+}
+
+impl Host {
+    /// Without its port.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 /// Whom the request is for. It must say so once, and the same everywhere.

@@ -418,6 +418,21 @@ impl Table {
         })
     }
 
+    /// Ends a client for good, at an operator's word. False if there is none
+    /// of this number now.
+    pub fn kick(&self, number: u64) -> bool {
+        let (carrier, ports) = self.lock().leave(number, None);
+        self.close_doors(&ports);
+        self.changed.notify_waiters();
+        match carrier {
+            Some(carrier) => {
+                carrier.end(1008, "disconnected by the operator");
+                true
+            }
+            None => false,
+        }
+    }
+
     /// Whether somebody serves the port.
     pub fn serves_port(&self, port: u16) -> bool {
         let wanted = Wanted::Port(port);

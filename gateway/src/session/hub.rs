@@ -248,7 +248,7 @@ impl Hub {
         asked
     }
 
-    /// Whether none may begin any more.
+    /// Whether no further session may begin.
     pub fn is_closed(&self) -> bool {
         self.lock().closed
     }
