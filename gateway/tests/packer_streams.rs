@@ -296,7 +296,7 @@ async fn frames_may_come_in_any_portions() {
 async fn r_23_ends_are_told_both_ways() {
     let lab = Lab::new().await;
     let mut client = node_2017(&lab, "a.example").await;
-    let mut begin = async |client: &mut Client, port: u16| {
+    let begin = async |client: &mut Client, port: u16| {
         let peer = format!("203.0.113.9:{port}");
         let mut stream = lab.visit("a.example", Https, &peer).await;
         stream.write_all(HELLO).await.unwrap();
