@@ -48,6 +48,8 @@ use crate::demo::{self, Audience, Guest};
 use crate::front::listeners::Listeners;
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
 use crate::packer;
+use crate::serve::proxy;
+use crate::serve::proxy::first::{self, First};
 use crate::serve::table::Table;
 use crate::tls::Tls;
 
@@ -167,7 +169,7 @@ pub struct Visitor {
 
 impl Visitor {
     /// Whom limits and logs are about.
-    fn address(&self, headers: &HeaderMap) -> IpAddr {
+    pub(crate) fn address(&self, headers: &HeaderMap) -> IpAddr {
         let last = headers.get_all("x-forwarded-for").iter().next_back();
         let forwarded = last
             .filter(|_| self.believed)
@@ -189,8 +191,19 @@ enum Way {
 type Let = Arc<Mutex<Option<(Way, Option<Pass>)>>>;
 
 /// Serves one connection until it is a session's or closed.
-pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPass) {
-    let limit = front.config().limits.login_time;
+pub async fn serve(front: Arc<Front>, mut io: Io, visitor: Visitor, pass: PendingPass) {
+    let config = front.config();
+    let limit = config.limits.login_time;
+    match first::look(&mut io, &config, &front.table, limit).await {
+        First::Ours(bytes) => io.unread(bytes),
+        First::Theirs(bytes, name) => {
+            io.unread(bytes);
+            return proxy::serve(front, io, visitor, pass, name).await;
+        }
+        First::Late => return say_late(io).await,
+        First::Nothing => return drop(timeout(PARTING, io.shutdown()).await),
+    }
+    drop(config);
     let tls = io.is_tls();
     let let_in: Let = Arc::default();
     let service = service_fn(|request| {
@@ -238,8 +251,7 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
         }
         (Ok(Err(error)), _) if error.is_timeout() && !parts.read_buf.is_empty() => {
             // In the middle of a request: the only case that deserves a word.
-            drop(timeout(PARTING, io.write_all(answer::TIMEOUT)).await);
-            drop(timeout(PARTING, io.shutdown()).await);
+            say_late(io).await;
         }
         (served, _) => {
             if let Ok(Err(error)) = served {
@@ -248,6 +260,11 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
             drop(timeout(PARTING, io.shutdown()).await);
         }
     }
+}
+
+async fn say_late(mut io: Io) {
+    drop(timeout(PARTING, io.write_all(answer::TIMEOUT)).await);
+    drop(timeout(PARTING, io.shutdown()).await);
 }
 
 async fn respond(

@@ -433,6 +433,27 @@ impl Table {
         }
     }
 
+    /// Whether somebody serves the name, whatever of it.
+    pub fn serves(&self, name: &Name) -> bool {
+        self.nearest(name).is_some()
+    }
+
+    /// The nearest pattern that is served and covers the name.
+    pub fn nearest(&self, name: &Name) -> Option<What> {
+        let inner = self.lock();
+        match inner.settings.is_reserved(name) {
+            true => None,
+            false => inner.groups.nearest(name),
+        }
+    }
+
+    /// Whether the client is here and serves this.
+    pub fn still(&self, number: u64, what: &What) -> bool {
+        let inner = self.lock();
+        let entry = inner.servers.get(&number);
+        entry.is_some_and(|e| e.offers.iter().any(|(w, _)| w == what))
+    }
+
     /// Whether somebody serves the port.
     pub fn serves_port(&self, port: u16) -> bool {
         let wanted = Wanted::Port(port);

@@ -72,6 +72,14 @@ impl Groups {
         }
     }
 
+    pub(super) fn nearest(&self, name: &Name) -> Option<What> {
+        if self.exact.contains_key(name.as_str()) {
+            return Some(What::Name(Pattern::exact(name.clone())));
+        }
+        let base = name.parents().find_map(|up| self.below.get_key_value(up));
+        base.map(|(base, _)| What::Name(Pattern::below(base.clone())))
+    }
+
     pub(super) fn has_port(&self, port: u16) -> bool {
         self.ports.contains_key(&port)
     }
