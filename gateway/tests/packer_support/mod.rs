@@ -9,6 +9,7 @@
 #[path = "../session_support/fake_helper.rs"]
 mod fake_helper;
 pub(crate) mod go;
+pub(crate) mod live;
 #[path = "../front_support/tokens.rs"]
 pub(crate) mod tokens;
 pub(crate) mod visitor;
