@@ -141,9 +141,16 @@ fn installed() -> PathBuf {
         assert!(output.status.success(), "{output:?}");
         fs::write(done, wanted).unwrap();
     }
-    // Found beside its libraries.
-    fs::copy(source.join("client.js"), place.join("client.js")).unwrap();
-    place.join("client.js")
+    // Found beside its libraries. Others may be reading it just now.
+    let (script, here) = (
+        fs::read(source.join("client.js")).unwrap(),
+        place.join("client.js"),
+    );
+    if fs::read(&here).ok().as_ref() != Some(&script) {
+        fs::write(place.join("client.new"), script).unwrap();
+        fs::rename(place.join("client.new"), &here).unwrap();
+    }
+    here
 }
 
 /// An older client, running.
