@@ -46,6 +46,7 @@ use crate::auth::live::Pass;
 use crate::config::Config;
 use crate::demo::{self, Audience, Guest};
 use crate::front::listeners::Listeners;
+use crate::front::ports::Ports;
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
 use crate::packer;
 use crate::serve::proxy;
@@ -103,7 +104,7 @@ impl Front {
         let acme = Acme::new(config.state_dir.clone(), Arc::clone(&tls));
         let table = sessions.table();
         table.configure(config.serve.clone());
-        Arc::new(Front {
+        let front = Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
@@ -118,7 +119,9 @@ impl Front {
             handshakes,
             listeners: Listeners::default(),
             stopping: AtomicBool::new(false),
-        })
+        });
+        front.table.listen_by(Arc::new(Ports::of(&front)));
+        front
     }
 
     /// The configuration in force.

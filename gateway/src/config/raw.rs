@@ -282,7 +282,6 @@ pub(super) struct Serve {
     pub(super) balance: Option<super::serve::Balance>,
     pub(super) visitors_per_account: Option<usize>,
     pub(super) idle_seconds: Option<u64>,
-    pub(super) ssh: Option<String>,
     pub(super) strict_ports: Option<bool>,
     #[serde(default)]
     pub(super) dead_time: DeadTime,

@@ -404,6 +404,27 @@ impl Table {
         (found, coming)
     }
 
+    /// Waits while the name is between two connections of who serves it.
+    pub async fn arrived(&self, name: &Name) {
+        let wanted = Wanted::Name(name.clone(), Service::Https);
+        loop {
+            let changed = self.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            changed.as_mut().enable();
+            let coming = {
+                let inner = self.lock();
+                match inner.groups.ending(name) {
+                    Some(_) => None,
+                    None => inner.past.coming(&wanted, Instant::now()),
+                }
+            };
+            let Some(until) = coming else { return };
+            if timeout_at(until.into(), changed).await.is_err() {
+                return;
+            }
+        }
+    }
+
     /// Who ends TLS for a name; `None` if nobody serves it.
     pub fn ending(&self, name: &Name) -> Option<Ending> {
         let inner = self.lock();

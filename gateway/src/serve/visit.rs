@@ -10,8 +10,9 @@ use tracing::debug;
 
 use super::splice::{Metered, splice};
 use super::table::{Chosen, Table, Wanted};
-use super::{OpenError, Stream, Visit};
+use super::{OpenError, Service, Stream, Visit};
 use crate::admit::Io;
+use crate::front::not_taken;
 use crate::http::Front;
 use crate::limits::PendingPass;
 
@@ -115,7 +116,13 @@ async fn open(chosen: &Chosen, visit: &Visit) -> Result<Stream, OpenError> {
 pub async fn pass(front: Arc<Front>, io: Io, visit: Visit, pass: PendingPass) {
     let reached = match reach(&front.table, &visit, None, Metered::connection).await {
         Ok(reached) => reached,
-        Err(why) => return debug!(%why, service = %visit.service, "a visitor is sent away"),
+        Err(why) => {
+            debug!(%why, service = %visit.service, "a visitor is sent away");
+            if visit.service == Service::Https {
+                not_taken(io).await;
+            }
+            return;
+        }
     };
     drop(pass);
     let idle = front.config().serve.idle;

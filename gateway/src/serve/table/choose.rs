@@ -106,7 +106,8 @@ impl Groups {
         }
     }
 
-    /// Who ends TLS: the server, if any of those who serve the name wants to.
+    /// Who ends TLS: the server, if any of those who serve the name wants to and
+    /// can; else the gateway, for whoever speaks HTTP.
     pub(super) fn ending(&self, name: &Name) -> Option<Ending> {
         let mut owner: Option<&Arc<str>> = None;
         let mut here = None;
@@ -118,7 +119,9 @@ impl Groups {
             for member in &group.members {
                 match member.ending {
                     Ending::There if member.fits(Service::Https) => return Some(Ending::There),
-                    Ending::Here if member.fits(Service::Http) => here = Some(Ending::Here),
+                    Ending::There | Ending::Here if member.fits(Service::Http) => {
+                        here = Some(Ending::Here);
+                    }
                     Ending::There | Ending::Here => {}
                 }
             }
