@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use aws_lc_rs::digest::{Context, SHA256};
+use packer_support::go;
 use packer_support::live::{Node, Program};
 use packer_support::visitor::{self, Device};
 use packer_support::{NAME, PATIENCE, SECRET, domains, token};
@@ -262,13 +263,25 @@ async fn both_ways(kind: &'static str) {
         }
     })
     .await;
-    let node = Node::start(
-        kind,
-        program.at,
-        &domains(SECRET, &[APP]),
-        &[("https", https)],
-    );
-    node.ready(kind);
+    let token = domains(SECRET, &[APP]);
+    let target = SocketAddr::from(([127, 0, 0, 1], https));
+    let _node = match kind {
+        "g17" => {
+            let client = go::of_2017_at(program.at, &token).await;
+            tokio::spawn(client.serve(target));
+            None
+        }
+        "g20" => {
+            let client = go::of_2020_at(program.at, &token).await;
+            tokio::spawn(client.serve(target));
+            None
+        }
+        kind => {
+            let node = Node::start(kind, program.at, &token, &[("https", https)]);
+            node.ready(kind);
+            Some(node)
+        }
+    };
     program.wait_for("client came");
     let tls = device.visit(visit(program.at).await, APP).await;
     let (mut reader, mut writer) = tokio::io::split(tls);
@@ -304,6 +317,71 @@ async fn two_hundred_megabytes_both_ways_by_the_client_of_october_2017() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_hundred_megabytes_both_ways_by_the_client_of_2019() {
     both_ways("c3").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_hundred_megabytes_both_ways_by_the_client_in_go_of_2017() {
+    both_ways("g17").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_hundred_megabytes_both_ways_by_the_client_in_go_of_2020() {
+    both_ways("g20").await;
+}
+
+/// A port of the ranges that clients are given ports from.
+fn grantable_port() -> u16 {
+    (61_000..61_999)
+        .find(|port| std::net::TcpListener::bind(("0.0.0.0", *port)).is_ok())
+        .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r_25_a_granted_port_leads_to_servers_that_speak_first_and_to_those_that_do_not() {
+    let program = Program::start("");
+    let tcp = local(|mut tcp| async move {
+        tcp.write_all(b"SSH-2.0-test\r\n").await.unwrap();
+        let mut word = [0; 6];
+        tcp.read_exact(&mut word).await.unwrap();
+        tcp.write_all(b"you said ").await.unwrap();
+        tcp.write_all(&word).await.unwrap();
+    })
+    .await;
+    let port = grantable_port();
+    let claims = json!({"domains": [APP], "ports": [port]});
+    let node = Node::start("c3", program.at, &token(SECRET, &claims), &[("tcp", tcp)]);
+    node.ready("c3");
+    let granted = node.says("grant");
+    let list = granted[1].as_array().unwrap();
+    let host = list.iter().find(|g| g[0] == "tcp").unwrap();
+    assert_eq!(host[2], json!([port]), "{granted}");
+
+    // The server speaks first, and need not be spoken to for it.
+    let at = SocketAddr::from(([127, 0, 0, 1], port));
+    let mut io = visit(at).await;
+    let mut banner = [0; 14];
+    timeout(PATIENCE, io.read_exact(&mut banner))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(&banner, b"SSH-2.0-test\r\n");
+    let said = node.says("announced");
+    assert_eq!(said[2], "tcp");
+    assert_eq!(visitor::ask(&mut io, "hello\n").await, "you said hello\n");
+
+    // The client does, and loses nothing of it.
+    let mut io = visit(at).await;
+    let both = visitor::ask(&mut io, "first\n").await;
+    assert_eq!(both, "SSH-2.0-test\r\nyou said first\n");
+
+    // Gone with its client.
+    drop(node);
+    program.wait_for("client lost");
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while TcpStream::connect(at).await.is_ok() {
+        assert!(std::time::Instant::now() < deadline, "the port stays open");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -16,7 +16,7 @@ use rvpn_gateway::serve::Service::{Http, Https, Tcp};
 use rvpn_gateway::serve::{OpenError, Stream, Visit};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::time::timeout;
 
 const HELLO: &[u8] = b"\x16\x03\x01\x00\x05hello";
@@ -66,57 +66,6 @@ async fn read_all(stream: &mut Stream) -> std::io::Result<Vec<u8>> {
     read.await.expect("an end in time").map(|_| bytes)
 }
 
-/// Serves what a strict client in Go has behind it: a TCP connection for each
-/// visitor it has not seen.
-async fn serve(mut client: Client, target: std::net::SocketAddr) {
-    use std::collections::HashMap;
-    use tokio::sync::mpsc;
-    let (to_tunnel, mut from_local) = mpsc::channel::<Vec<u8>>(64);
-    let mut locals: HashMap<String, mpsc::Sender<bytes::Bytes>> = HashMap::new();
-    loop {
-        tokio::select! {
-            message = futures_util::StreamExt::next(&mut client.socket) => {
-                let Some(Ok(message)) = message else { return };
-                let tokio_tungstenite::tungstenite::Message::Binary(data) = message else { continue };
-                let seen = go::parse(&data);
-                let id = seen.id();
-                match seen.service() {
-                    "end" | "error" => { locals.remove(&id); }
-                    "https" | "http" | "tcp" => {
-                        let service = seen.service().to_owned();
-                        let local = locals.entry(id.clone()).or_insert_with(|| {
-                            let (sender, mut bytes) = mpsc::channel::<bytes::Bytes>(1024);
-                            let to_tunnel = to_tunnel.clone();
-                            tokio::spawn(async move {
-                                let tcp = TcpStream::connect(target).await.unwrap();
-                                let (mut reader, mut writer) = tcp.into_split();
-                                tokio::spawn(async move {
-                                    while let Some(bytes) = bytes.recv().await {
-                                        if writer.write_all(&bytes).await.is_err() { return }
-                                    }
-                                    drop(writer.shutdown().await);
-                                });
-                                let mut buf = vec![0; 32 * 1024];
-                                while let Ok(n) = reader.read(&mut buf).await {
-                                    let said = match n {
-                                        0 => frame(&id, "end", b""),
-                                        n => frame(&id, &service, &buf[..n]),
-                                    };
-                                    if to_tunnel.send(said).await.is_err() || n == 0 { return }
-                                }
-                            });
-                            sender
-                        });
-                        drop(local.send(seen.body).await);
-                    }
-                    other => panic!("{other} kills this client"),
-                }
-            }
-            Some(bytes) = from_local.recv() => client.send(bytes).await,
-        }
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r_03_an_https_visitor_sees_the_devices_own_certificate() {
     let lab = Lab::new().await;
@@ -144,7 +93,7 @@ async fn r_03_an_https_visitor_sees_the_devices_own_certificate() {
             2017 => go::of_2017(&lab, &token).await,
             _ => go::of_2020(&lab, &token).await,
         };
-        let task = tokio::spawn(serve(client, target));
+        let task = tokio::spawn(client.serve(target));
         lab.served("app.a.example", Https).await;
         let mut tls = device
             .visit(visitor::connect(&lab).await, "app.a.example")

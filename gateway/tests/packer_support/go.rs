@@ -1,8 +1,13 @@
 //! Clients as strict as those in Go: one whole frame a message, exactly so many
 //! fields, and nothing but visitors.
 
+use std::collections::HashMap;
+use std::net::SocketAddr;
+
 use futures_util::{SinkExt, StreamExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Bytes, Error, Message};
@@ -63,7 +68,11 @@ pub(crate) async fn connect(
     target: &str,
     headers: &[(&str, &str)],
 ) -> Result<Client, u16> {
-    let tcp = TcpStream::connect(lab.at).await.unwrap();
+    connect_to(lab.at, target, headers).await
+}
+
+async fn connect_to(at: SocketAddr, target: &str, headers: &[(&str, &str)]) -> Result<Client, u16> {
+    let tcp = TcpStream::connect(at).await.unwrap();
     tcp.set_nodelay(true).unwrap();
     let mut request = format!("ws://{NAME}{target}")
         .into_client_request()
@@ -84,22 +93,30 @@ pub(crate) async fn connect(
 
 /// The one of 2017: a sixth field kills it, and so does a command.
 pub(crate) async fn of_2017(lab: &Lab, token: &str) -> Client {
+    of_2017_at(lab.at, token).await
+}
+
+pub(crate) async fn of_2017_at(at: SocketAddr, token: &str) -> Client {
     let target = format!("/?access_token={token}");
     let agent = ("User-Agent", "Go-http-client/1.1");
-    let mut client = connect(lab, &target, &[agent]).await.unwrap();
+    let mut client = connect_to(at, &target, &[agent]).await.unwrap();
     client.fields = Some(5);
     client
 }
 
 /// The one of 2020: it wants all seven, and no commands.
 pub(crate) async fn of_2020(lab: &Lab, token: &str) -> Client {
+    of_2020_at(lab.at, token).await
+}
+
+pub(crate) async fn of_2020_at(at: SocketAddr, token: &str) -> Client {
     let target = format!("/ws?access_token={token}&versions=v1");
     let bearer = format!("Bearer {token}");
     let headers = [
         ("User-Agent", "Go-http-client/1.1"),
         ("Authorization", &*bearer),
     ];
-    let mut client = connect(lab, &target, &headers).await.unwrap();
+    let mut client = connect_to(at, &target, &headers).await.unwrap();
     client.fields = Some(7);
     client
 }
@@ -167,6 +184,55 @@ impl Client {
                 }
                 Some(_) => {}
                 None => panic!("closed without a word"),
+            }
+        }
+    }
+
+    /// Serves what a strict client in Go has behind it: a TCP connection for each
+    /// visitor it has not seen.
+    pub(crate) async fn serve(mut self, target: SocketAddr) {
+        let (to_tunnel, mut from_local) = mpsc::channel::<Vec<u8>>(64);
+        let mut locals: HashMap<String, mpsc::Sender<Bytes>> = HashMap::new();
+        loop {
+            tokio::select! {
+                message = self.socket.next() => {
+                    let Some(Ok(message)) = message else { return };
+                    let Message::Binary(data) = message else { continue };
+                    let seen = parse(&data);
+                    let id = seen.id();
+                    match seen.service() {
+                        "end" | "error" => { locals.remove(&id); }
+                        "https" | "http" | "tcp" => {
+                            let service = seen.service().to_owned();
+                            let local = locals.entry(id.clone()).or_insert_with(|| {
+                                let (sender, mut bytes) = mpsc::channel::<Bytes>(1024);
+                                let to_tunnel = to_tunnel.clone();
+                                tokio::spawn(async move {
+                                    let tcp = TcpStream::connect(target).await.unwrap();
+                                    let (mut reader, mut writer) = tcp.into_split();
+                                    tokio::spawn(async move {
+                                        while let Some(bytes) = bytes.recv().await {
+                                            if writer.write_all(&bytes).await.is_err() { return }
+                                        }
+                                        drop(writer.shutdown().await);
+                                    });
+                                    let mut buf = vec![0; 32 * 1024];
+                                    while let Ok(n) = reader.read(&mut buf).await {
+                                        let said = match n {
+                                            0 => frame(&id, "end", b""),
+                                            n => frame(&id, &service, &buf[..n]),
+                                        };
+                                        if to_tunnel.send(said).await.is_err() || n == 0 { return }
+                                    }
+                                });
+                                sender
+                            });
+                            drop(local.send(seen.body).await);
+                        }
+                        other => panic!("{other} kills this client"),
+                    }
+                }
+                Some(bytes) = from_local.recv() => self.send(bytes).await,
             }
         }
     }
