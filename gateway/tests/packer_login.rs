@@ -321,6 +321,44 @@ async fn revoking_an_account_ends_its_tunnels() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rev_09_a_block_may_keep_its_tokens_to_some_ports() {
+    let block = |ports| {
+        format!(
+            "[[legacy]]\nname = \"old\"\nsecret = \"abc123\"\ndomains = [\"a.example\"]\n{ports}\n"
+        )
+    };
+    let all = token(
+        SECRET,
+        &json!({"domains": ["a.example"], "ports": [80, 2500, 2222]}),
+    );
+    for (ports, expected) in [
+        ("", &[80, 2500, 2222][..]),
+        ("ports = [2222, \"2400-2999\"]", &[2500, 2222]),
+        ("ports = []", &[]),
+    ] {
+        let lab = Lab::with("", &block(ports)).await;
+        let _client = go::of_2017(&lab, &all).await;
+        let chosen = lab.served("a.example", Https).await;
+        assert_eq!(chosen.server.rights.ports, expected, "{ports}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r_29_a_client_that_cannot_do_tls_may_say_so_in_its_token() {
+    use rvpn_gateway::serve::table::Ending;
+    let lab = Lab::new().await;
+    for (decrypt, ending) in [(true, Ending::Here), (false, Ending::There)] {
+        let claims = json!({"domains": ["a.example"], "decrypt": decrypt});
+        let client = go::of_2017(&lab, &token(SECRET, &claims)).await;
+        lab.served("a.example", Http).await;
+        let name = "a.example".parse().unwrap();
+        assert_eq!(lab.front.table.ending(&name), Some(ending));
+        drop(client);
+        lab.unserved("a.example", Http).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_block_for_names_the_door_is_closed() {
     let lab = Lab::with("", "[[legacy]]\nname = \"old\"\nsecret = \"abc123\"\n").await;
     let good = domains(SECRET, &["a.example"]);

@@ -464,9 +464,8 @@ async fn rev_14_a_tunnel_has_so_many_visitors_and_no_more() {
     }
     assert_eq!((held.len(), refused), (4096, 104));
     drop(held);
-    let fits = |_: Stream| ();
-    lab.visit("a.example", Https, "203.0.113.9:1").await;
-    drop((client, fits));
+    drop(lab.visit("a.example", Https, "203.0.113.9:1").await);
+    drop(client);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -224,6 +224,11 @@ impl Run {
 
     /// Visitors who come, and those who want something.
     fn visitors(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
+        // First those who go, as they make room.
+        self.state.bell.answer(&mut self.rung, cx);
+        for number in self.rung.drain(..) {
+            self.state.look(number, now);
+        }
         let mut more = true;
         for _ in 0..TURN_ASKS {
             match self.asks.poll_recv(cx) {
@@ -244,10 +249,6 @@ impl Run {
                     break;
                 }
             }
-        }
-        self.state.bell.answer(&mut self.rung, cx);
-        while let Some(number) = self.rung.pop() {
-            self.state.look(number, now);
         }
         more
     }
@@ -409,5 +410,28 @@ fn lost(broken: &Broken) -> Over {
         Broken::Lost => Over::Lost("the connection ended"),
         Broken::Protocol => Over::Close(1002, "WebSocket protocol error"),
         Broken::TooBig => Over::Close(1009, "message too big"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r_24_silence_is_asked_about_sooner_when_something_is_owed() {
+        let start = Instant::now();
+        let mut clock = Clock {
+            heard: start,
+            owing: None,
+            due: None,
+            taken: 0,
+        };
+        assert_eq!(clock.next(), start + SILENCE);
+        clock.owing = Some(start + OWING);
+        assert_eq!(clock.next(), start + 2 * OWING);
+        clock.due = Some(start + ANSWER);
+        assert_eq!(clock.next(), start + ANSWER);
+        clock.heard(start + ANSWER);
+        assert_eq!(clock.next(), start + ANSWER + SILENCE);
     }
 }
