@@ -53,6 +53,9 @@ pub(crate) enum Command {
     Session(Session),
     /// Show who used how much (operators)
     Usage(Usage),
+    /// Certificates that the gateway gets by itself (operators)
+    #[command(subcommand)]
+    Certificate(Certificate),
     /// One part of `up`; not for people
     #[command(name = "__carry", hide = true)]
     Carry,
@@ -409,6 +412,23 @@ pub(crate) enum Session {
         admin: Admin,
         /// As `ls` shows it; its beginning is enough when only one begins so
         id: String,
+    },
+}
+
+/// See [`Command::Certificate`].
+#[derive(Debug, Subcommand)]
+pub(crate) enum Certificate {
+    /// All of them, with what went wrong
+    Ls {
+        #[command(flatten)]
+        admin: Admin,
+    },
+    /// Try again now what failed
+    Retry {
+        #[command(flatten)]
+        admin: Admin,
+        /// For which name
+        name: String,
     },
 }
 

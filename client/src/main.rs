@@ -82,6 +82,7 @@ async fn run(command: Command) -> Outcome {
         Command::Listener(what) => op::listener::run(what).await,
         Command::Session(what) => op::session::run(what).await,
         Command::Usage(args) => op::session::usage(args).await,
+        Command::Certificate(what) => op::certificate::run(what).await,
         Command::Up(args) => up::run(args).await,
         Command::Down(args) => up::down(args).await,
         Command::Status(args) => up::status(args).await,

@@ -21,6 +21,7 @@ pub use self::io::{Counted, Io, Prefixed, Raw};
 use crate::auth::rights::Rights;
 use crate::config::Dialect;
 use crate::cores::CoreId;
+use crate::packer;
 use crate::serve::table::Table;
 
 /// Names a token without being one: a hash of its `jti`, or of the token
@@ -94,6 +95,9 @@ pub trait Sessions: Send + Sync + 'static {
     /// Takes a connection for its whole life. The 101 is sent; `read_ahead` is
     /// what already arrived behind the upgrade. Must not block.
     fn admit(&self, admission: Admission, io: Io, read_ahead: Bytes);
+
+    /// The same for an older reverse tunnel client, which may have to log in yet.
+    fn tunnel(&self, arrival: packer::Arrival, io: Io, read_ahead: Bytes);
 
     /// Who among them serves what.
     fn table(&self) -> Arc<Table>;

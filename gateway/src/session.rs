@@ -33,6 +33,7 @@ use crate::dialects::Older;
 use crate::fd;
 use crate::helper::Helper;
 use crate::meter::Meter;
+use crate::packer;
 use crate::serve::table::Table;
 use crate::streams;
 use crate::ticket::{Holder, TicketKey};
@@ -162,6 +163,10 @@ impl admit::Sessions for Sessions {
             let socket = Socket::limited(io, read_ahead, limit).await;
             shared.begin(admission, socket, seat).await;
         });
+    }
+
+    fn tunnel(&self, arrival: packer::Arrival, io: Io, read_ahead: Bytes) {
+        packer::admit(Arc::clone(&self.0), arrival, io, read_ahead);
     }
 
     fn table(&self) -> Arc<Table> {

@@ -5,6 +5,7 @@
 //! "nothing arrived" is said only after a later packet, sent on the same way,
 //! was seen to arrive (a fence).
 
+pub mod acme_server;
 pub mod attack;
 pub mod bulk;
 pub mod capture;

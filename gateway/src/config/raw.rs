@@ -23,6 +23,7 @@ pub(super) struct Raw {
     #[serde(default)]
     pub(super) listener: Vec<Listener>,
     pub(super) tls: Option<Tls>,
+    pub(super) acme: Option<Acme>,
     #[serde(default)]
     pub(super) certificate: Vec<Certificate>,
     #[serde(default)]
@@ -39,6 +40,8 @@ pub(super) struct Raw {
     pub(super) dialect: Vec<Dialect>,
     #[serde(default)]
     pub(super) demo: Demo,
+    #[serde(default)]
+    pub(super) packer: Packer,
     #[serde(default)]
     pub(super) serve: Serve,
     #[serde(default)]
@@ -103,12 +106,54 @@ pub(super) struct Front {
     pub(super) silent: Option<String>,
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Acme {
+    pub(super) directory: Option<String>,
+    pub(super) contact: Option<OneOrMany>,
+    pub(super) ca_file: Option<PathBuf>,
+    pub(super) names: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) served: bool,
+    #[serde(default)]
+    pub(super) challenge: Challenge,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    pub(super) fn many(self) -> Vec<String> {
+        match self {
+            OneOrMany::One(one) => vec![one],
+            OneOrMany::Many(many) => many,
+        }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Challenge {
+    #[serde(rename = "tls-alpn-01")]
+    TlsAlpn01,
+    #[serde(rename = "http-01")]
+    Http01,
+    #[default]
+    Both,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct Admin {
     pub(super) address: Option<String>,
     #[serde(default)]
     pub(super) names: Vec<String>,
+    #[serde(default)]
+    pub(super) public: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -149,8 +194,16 @@ pub(super) struct Legacy {
     pub(super) secret_file: Option<PathBuf>,
     #[serde(default)]
     pub(super) domains: Vec<String>,
+    pub(super) profile: Option<String>,
     #[serde(default)]
     pub(super) class: u8,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Packer {
+    pub(super) enabled: Option<bool>,
+    pub(super) profile: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -229,7 +282,6 @@ pub(super) struct Serve {
     pub(super) balance: Option<super::serve::Balance>,
     pub(super) visitors_per_account: Option<usize>,
     pub(super) idle_seconds: Option<u64>,
-    pub(super) ssh: Option<String>,
     pub(super) strict_ports: Option<bool>,
     #[serde(default)]
     pub(super) dead_time: DeadTime,
@@ -268,6 +320,10 @@ pub(super) struct Session {
 pub(super) struct Log {
     pub(super) level: Option<String>,
     pub(super) format: Option<LogFormat>,
+    pub(super) file: Option<String>,
+    pub(super) rotate_mb: Option<u64>,
+    pub(super) keep: Option<u64>,
+    pub(super) keep_days: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]

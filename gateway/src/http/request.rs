@@ -35,6 +35,8 @@ pub enum Target {
     Packets,
     /// An older client's.
     Dialect(Arc<Dialect>),
+    /// Visitors of an older reverse tunnel client.
+    Tunnel,
     /// Registering a device.
     Join,
     /// The demonstration.
@@ -53,6 +55,17 @@ pub enum Target {
 }
 
 impl Target {
+    /// Of a whole request: older reverse tunnel clients have no path of their
+    /// own, and are known by wanting a WebSocket where others want a page.
+    pub fn of_request(head: &Parts, config: &Config) -> Target {
+        let target = Target::of(head.uri.path(), config);
+        let free = matches!(target, Target::Landing | Target::Nothing);
+        match free && config.packer.enabled && is_tunnel(head) {
+            true => Target::Tunnel,
+            false => target,
+        }
+    }
+
     /// Of a path as it was sent: whoever encodes a letter means another path.
     pub fn of(path: &str, config: &Config) -> Target {
         if let Some(dialect) = config.dialects.iter().find(|d| d.path == path) {
@@ -85,8 +98,19 @@ impl Target {
 
 /// The host that the request is for, if it is us.
 pub struct Host {
-    name: String,
-    port: Option<u16>,
+    /// Its name.
+    pub name: String,
+    /// Its port, if it is said.
+    pub port: Option<u16>,
+}
+
+/// Whether an older reverse tunnel client asks.
+fn is_tunnel(head: &Parts) -> bool {
+    let path = head.uri.path();
+    let query = head.uri.query().unwrap_or("");
+    let versions = query.split('&').any(|p| p.starts_with("versions="));
+    let likely = path == "/" || path.ends_with("/ws") || versions;
+    likely && lists(&head.headers, &CONNECTION, "upgrade") && head.headers.contains_key(UPGRADE)
 }
 
 impl Host {
@@ -97,6 +121,13 @@ impl Host {
             port: self.port.unwrap_or(if tls { 443 } else { 80 }),
             tls,
         }
+    }
+}
+
+impl Host {
+    /// Without its port.
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 }
 

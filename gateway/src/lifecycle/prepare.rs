@@ -177,6 +177,9 @@ fn lock_in(path: &Path, config: &Config) -> Result<(), Failure> {
         read.extend(beside(&files.chain));
         read.extend(beside(&files.key));
     }
+    if let Some(acme) = &config.acme {
+        read.extend(beside(&acme.ca_file));
+    }
     for key in &config.keys {
         match &key.source {
             KeySource::Pem { file, .. } | KeySource::JwksFile(file) => read.extend(beside(file)),

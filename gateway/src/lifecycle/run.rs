@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use rvpn_proto::name::Name;
 use sd_notify::NotifyState;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Builder;
@@ -19,15 +20,17 @@ use tracing::{error, info, warn};
 
 use super::Failure;
 use super::prepare::{Admin, Prepared};
+use crate::acme::Wish;
 use crate::admit::Sessions as _;
 use crate::api::{self, Desk};
 use crate::auth::{Gate, OpenError};
-use crate::config::{Config, Listener};
+use crate::config::{Config, Listener, Secret};
 use crate::cores::Cores;
 use crate::helper::{Helper, HelperConfig};
 use crate::http::Front;
 use crate::meter::flush::{Flusher, UsageStore, now_ms};
 use crate::meter::{Meter, Orphan};
+use crate::serve::table::{Ending, What};
 use crate::session::{Sessions, Settings, Shared};
 use crate::store::{Sqlite, Store};
 use crate::ticket::TicketKey;
@@ -88,6 +91,9 @@ async fn serve(
         tls,
         Arc::new(sessions.clone()),
     );
+    let wish = wish_of(&front);
+    // Before anybody comes who would see another certificate.
+    front.acme.prepare(&wish());
     front.listeners.forbid(translated);
     let mut tasks = JoinSet::new();
     for ((socket, origin), settings) in public.into_iter().zip(&config.listeners) {
@@ -96,12 +102,19 @@ async fn serve(
         adopted.map_err(|e| Failure::Internal(e.into()))?;
     }
     let (token, socket) = admin_socket(&config, admin).map_err(Failure::Internal)?;
-    let desk = Arc::new(Desk {
-        front: Arc::clone(&front),
-        directory: Arc::new(sessions.clone()),
-        token,
-        started: Instant::now(),
-    });
+    let started = Instant::now();
+    let desk = |token| {
+        Arc::new(Desk {
+            front: Arc::clone(&front),
+            directory: Arc::new(sessions.clone()),
+            token,
+            started,
+        })
+    };
+    // Where strangers come too nobody gets in by the permissions of a file.
+    let shown = admin_secret(&config).map_err(Failure::Internal)?;
+    front.office.get_or_init(|| api::router(desk(Some(shown))));
+    let desk = desk(token);
     // The API outlives the listeners: it is how one sees a shutdown go on.
     let (quiet_tx, quiet) = watch::channel(false);
     let mut last = JoinSet::new();
@@ -116,6 +129,7 @@ async fn serve(
     tasks.spawn(async move {
         gate.ring().warm_up().await;
     });
+    tasks.spawn(Arc::clone(&front.acme).run(wish));
     // Before anybody is told that we are ready: a signal that nobody watches for kills.
     let signals = Signals::watch().map_err(Failure::Internal)?;
     greet(&config, &front);
@@ -143,6 +157,31 @@ async fn serve(
     tasks.shutdown().await;
     info!("done");
     Ok(())
+}
+
+/// What is to have a certificate, asked again and again.
+fn wish_of(front: &Arc<Front>) -> impl Fn() -> Wish + Send + use<> {
+    let front = Arc::clone(front);
+    move || Wish {
+        settings: front.config().acme.clone(),
+        served: served_here(&front),
+    }
+}
+
+/// Names of live clients whose TLS ends here. Nobody gets a certificate for a
+/// name that only might be served.
+fn served_here(front: &Front) -> Vec<Name> {
+    if !front.config().acme.as_ref().is_some_and(|a| a.served) {
+        return Vec::new();
+    }
+    let snapshot = front.table.snapshot();
+    let live = snapshot.names.into_iter().filter(|n| !n.servers.is_empty());
+    live.filter_map(|view| match view.what {
+        What::Name(pattern) if !pattern.is_wildcard() => Some(pattern.name().clone()),
+        What::Name(_) | What::Port(_) => None,
+    })
+    .filter(|name| front.table.ending(name) == Some(Ending::Here))
+    .collect()
 }
 
 /// Lets whoever has just come hear an answer. Those who say nothing do not hold
@@ -247,14 +286,14 @@ pub fn check_nat_range(listeners: &[Listener], (low, high): (u16, u16)) -> Resul
     }
 }
 
-fn admin_socket(
-    config: &Config,
-    admin: Admin,
-) -> anyhow::Result<(Option<crate::config::Secret>, api::Socket)> {
+fn admin_secret(config: &Config) -> anyhow::Result<Secret> {
+    api::admin_token(&config.state_dir).context("cannot use admin.token in the state directory")
+}
+
+fn admin_socket(config: &Config, admin: Admin) -> anyhow::Result<(Option<Secret>, api::Socket)> {
     Ok(match admin {
         Admin::Tcp(tcp) => {
-            let token = api::admin_token(&config.state_dir)
-                .context("cannot use admin.token in the state directory")?;
+            let token = admin_secret(config)?;
             (Some(token), api::Socket::Tcp(TcpListener::from_std(tcp)?))
         }
         Admin::Unix(unix) => (None, api::Socket::Unix(UnixListener::from_std(unix)?)),

@@ -47,7 +47,8 @@ impl Carrier for Carried {
 /// A client in the table.
 pub(crate) struct Device {
     visits: Arc<AtomicUsize>,
-    _place: Place,
+    /// Held, and gone with it.
+    place: Option<Place>,
 }
 
 impl Device {
@@ -69,32 +70,64 @@ where
     F: Fn(Visit, DuplexStream) -> R + Send + Sync + 'static,
     R: Future<Output = ()> + Send + 'static,
 {
-    let visits = Arc::new(AtomicUsize::new(0));
     let pattern = Pattern::parse(name).unwrap();
+    let rights = Rights {
+        names: vec![pattern.clone()],
+        ..Rights::default()
+    };
+    let (device, place) = join(table, name, rights, talk);
+    let offer = Offer {
+        service,
+        ending,
+        ..Offer::of(pattern)
+    };
+    place.offer(offer).unwrap();
+    Device {
+        place: Some(place),
+        ..device
+    }
+}
+
+/// May serve these ports; whether it does is the caller's matter.
+pub(crate) fn port_of<F, R>(
+    table: &Arc<Table>,
+    account: &str,
+    ports: &[u16],
+    talk: F,
+) -> (Device, Place)
+where
+    F: Fn(Visit, DuplexStream) -> R + Send + Sync + 'static,
+    R: Future<Output = ()> + Send + 'static,
+{
+    let rights = Rights {
+        ports: ports.to_vec(),
+        ..Rights::default()
+    };
+    join(table, account, rights, talk)
+}
+
+fn join<F, R>(table: &Arc<Table>, account: &str, rights: Rights, talk: F) -> (Device, Place)
+where
+    F: Fn(Visit, DuplexStream) -> R + Send + Sync + 'static,
+    R: Future<Output = ()> + Send + 'static,
+{
+    let visits = Arc::new(AtomicUsize::new(0));
     let carrier = Carried {
         talk: Arc::new(move |visit, io| Box::pin(talk(visit, io))),
         visits: Arc::clone(&visits),
     };
     let place = table.join(Server {
-        account: name.into(),
-        instance: name.into(),
-        rights: Arc::new(Rights {
-            names: vec![pattern.clone()],
-            ..Rights::default()
-        }),
+        account: account.into(),
+        instance: account.into(),
+        rights: Arc::new(rights),
         peer: "127.0.0.9:9".parse().unwrap(),
         carrier: Arc::new(carrier),
     });
-    let offer = Offer {
-        pattern,
-        service,
-        ending,
-    };
-    place.offer(offer).unwrap();
-    Device {
+    let device = Device {
         visits,
-        _place: place,
-    }
+        place: None,
+    };
+    (device, place)
 }
 
 /// Ends TLS itself, with a certificate that nobody else has, and answers each
