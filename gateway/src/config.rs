@@ -7,6 +7,7 @@ mod acme;
 pub(crate) mod check;
 mod demo;
 mod front;
+pub mod import;
 mod log;
 mod nearest;
 mod net;
