@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use rvpn_proto::control::Prefix;
 
+pub(crate) use crate::serve::args::Serve;
 use crate::text::duration;
 
 /// Client of an RVPN gateway, and its operators' tool.
@@ -33,6 +34,8 @@ pub(crate) enum Command {
     Down(Down),
     /// Show what `up` is doing
     Status(Status),
+    /// Serve something of this machine to the world (no root)
+    Serve(Box<Serve>),
     /// Ping a host through a gateway (no root)
     Ping(Ping),
     /// Check everything between here and the other side of the gateway

@@ -25,6 +25,7 @@ use rvpn_ipc::Class;
 use rvpn_proto::control::Prefix;
 use rvpn_proto::dialect::{Dialect as Variant, Padding};
 use rvpn_proto::name::{Name, Pattern};
+use rvpn_proto::packer::Profile;
 
 pub use self::net::{Names, Network, host_of};
 pub use self::secret::Secret;
@@ -69,6 +70,8 @@ pub struct Config {
     pub page: bool,
     /// The first demonstration's endpoint; none unless asked for.
     pub demo: Option<Demo>,
+    /// Older reverse tunnel clients.
+    pub packer: Packer,
     /// What clients serve to the world.
     pub serve: Serve,
     /// Bounds.
@@ -276,6 +279,9 @@ pub struct Legacy {
     pub secret: Secret,
     /// Names that its tokens may speak for.
     pub domains: Vec<Pattern>,
+    /// Which older reverse tunnel client its users have, if that is to be
+    /// known without looking.
+    pub profile: Option<Profile>,
     /// The helper's policy class.
     pub class: Class,
 }
@@ -308,6 +314,15 @@ pub struct Demo {
     pub every: Duration,
     /// How many may listen at once.
     pub clients: usize,
+}
+
+/// How older reverse tunnel clients are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packer {
+    /// Whether they are.
+    pub enabled: bool,
+    /// Which all of them are, where a proxy hides what tells them apart.
+    pub profile: Option<Profile>,
 }
 
 /// Bounds on what others can make us hold or do.

@@ -14,6 +14,7 @@ mod go;
 pub mod listeners;
 mod look;
 pub mod named;
+pub(crate) mod ports;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
+pub(crate) use self::go::not_taken;
 use self::listeners::{Door, Purpose};
 use crate::admit::Counted;
 use crate::config::{Listener, Network};
@@ -120,6 +122,11 @@ async fn bring(
         Ok(Err(error)) => return debug!(%error, peer = %visitor.peer.ip(), "gone before it spoke"),
         Err(_) => return debug!(peer = %visitor.peer.ip(), "did not say in time what it is"),
     };
+    if let look::What::Tls(hello) = &seen.what
+        && let Some(name) = &hello.name
+    {
+        front.table.arrived(name).await;
+    }
     let way = decide::decide(&seen.what, settings.mode, &config, &visitor, &front);
     let raw = seen.replayed(counted);
     go::go(front, raw, visitor, way, pass).await;

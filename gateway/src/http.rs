@@ -30,6 +30,7 @@ use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rvpn_proto::control::SUBPROTOCOL;
 use rvpn_proto::name::Name;
+use rvpn_proto::streams;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -45,7 +46,11 @@ use crate::auth::live::Pass;
 use crate::config::Config;
 use crate::demo::{self, Audience, Guest};
 use crate::front::listeners::Listeners;
+use crate::front::ports::Ports;
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
+use crate::packer;
+use crate::serve::proxy;
+use crate::serve::proxy::first::{self, First};
 use crate::serve::table::Table;
 use crate::tls::Tls;
 
@@ -99,7 +104,7 @@ impl Front {
         let acme = Acme::new(config.state_dir.clone(), Arc::clone(&tls));
         let table = sessions.table();
         table.configure(config.serve.clone());
-        Arc::new(Front {
+        let front = Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
@@ -114,7 +119,9 @@ impl Front {
             handshakes,
             listeners: Listeners::default(),
             stopping: AtomicBool::new(false),
-        })
+        });
+        front.table.listen_by(Arc::new(Ports::of(&front)));
+        front
     }
 
     /// The configuration in force.
@@ -165,7 +172,7 @@ pub struct Visitor {
 
 impl Visitor {
     /// Whom limits and logs are about.
-    fn address(&self, headers: &HeaderMap) -> IpAddr {
+    pub(crate) fn address(&self, headers: &HeaderMap) -> IpAddr {
         let last = headers.get_all("x-forwarded-for").iter().next_back();
         let forwarded = last
             .filter(|_| self.believed)
@@ -180,14 +187,26 @@ impl Visitor {
 enum Way {
     Session(Box<Admission>),
     Demo(Guest),
+    Tunnel(Box<packer::Arrival>),
 }
 
 /// What a request led to beside its answer.
-type Let = Arc<Mutex<Option<(Way, Pass)>>>;
+type Let = Arc<Mutex<Option<(Way, Option<Pass>)>>>;
 
 /// Serves one connection until it is a session's or closed.
-pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPass) {
-    let limit = front.config().limits.login_time;
+pub async fn serve(front: Arc<Front>, mut io: Io, visitor: Visitor, pass: PendingPass) {
+    let config = front.config();
+    let limit = config.limits.login_time;
+    match first::look(&mut io, &config, &front.table, limit).await {
+        First::Ours(bytes) => io.unread(bytes),
+        First::Theirs(bytes, name) => {
+            io.unread(bytes);
+            return proxy::serve(front, io, visitor, pass, name).await;
+        }
+        First::Late => return say_late(io).await,
+        First::Nothing => return drop(timeout(PARTING, io.shutdown()).await),
+    }
+    drop(config);
     let tls = io.is_tls();
     let let_in: Let = Arc::default();
     let service = service_fn(|request| {
@@ -214,17 +233,28 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let admitted = let_in.lock().unwrap_or_else(PoisonError::into_inner).take();
     match (served, admitted) {
         (Ok(Ok(())), Some((way, place))) => {
-            drop(pass);
-            io.hold(place);
+            if let Some(place) = place {
+                io.hold(place);
+            }
             match way {
-                Way::Session(admission) => front.sessions.admit(*admission, io, parts.read_buf),
-                Way::Demo(guest) => guest.run(io, parts.read_buf).await,
+                Way::Tunnel(mut arrival) => {
+                    // Who has not logged in yet is still a stranger.
+                    arrival.pending = arrival.login.is_none().then_some(pass);
+                    front.sessions.tunnel(*arrival, io, parts.read_buf);
+                }
+                Way::Session(admission) => {
+                    drop(pass);
+                    front.sessions.admit(*admission, io, parts.read_buf);
+                }
+                Way::Demo(guest) => {
+                    drop(pass);
+                    guest.run(io, parts.read_buf).await;
+                }
             }
         }
         (Ok(Err(error)), _) if error.is_timeout() && !parts.read_buf.is_empty() => {
             // In the middle of a request: the only case that deserves a word.
-            drop(timeout(PARTING, io.write_all(answer::TIMEOUT)).await);
-            drop(timeout(PARTING, io.shutdown()).await);
+            say_late(io).await;
         }
         (served, _) => {
             if let Ok(Err(error)) = served {
@@ -235,8 +265,13 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     }
 }
 
+async fn say_late(mut io: Io) {
+    drop(timeout(PARTING, io.write_all(answer::TIMEOUT)).await);
+    drop(timeout(PARTING, io.shutdown()).await);
+}
+
 async fn respond(
-    front: &Front,
+    front: &Arc<Front>,
     request: Request<Incoming>,
     visitor: Visitor,
     tls: bool,
@@ -264,7 +299,14 @@ async fn respond(
         visitor,
     };
     let get = matches!(head.method, Method::GET | Method::HEAD);
-    match Target::of(head.uri.path(), &config) {
+    match Target::of_request(&head, &config) {
+        Target::Tunnel => {
+            let accept = request::upgrade(&head)?;
+            request::origin(&head.headers, &host, tls, &config)?;
+            let led = asked.tunnel(front, &host).await?;
+            *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
+            Ok(answer::switching(&accept, None))
+        }
         Target::Join if head.method == Method::POST => {
             request::origin(&head.headers, &host, tls, &config)?;
             join::respond(front, &head, body, Place::of(asked.address)).await
@@ -272,15 +314,20 @@ async fn respond(
         Target::Packets => {
             let accept = request::upgrade(&head)?;
             request::origin(&head.headers, &host, tls, &config)?;
-            if !request::offers(&head.headers, SUBPROTOCOL) {
+            let (kind, protocol) = if request::offers(&head.headers, SUBPROTOCOL) {
+                (Kind::Native, SUBPROTOCOL)
+            } else if request::offers(&head.headers, streams::SUBPROTOCOL) {
+                let via = host.via(tls || asked.visitor.believed);
+                (Kind::Streams(Arc::new(via)), streams::SUBPROTOCOL)
+            } else {
                 return Err(Refusal::new(
                     StatusCode::BAD_REQUEST,
-                    "the subprotocol rvpn.packets.1 is missing",
+                    "the subprotocol rvpn.packets.1 or rvpn.streams.1 is missing",
                 ));
-            }
-            let led = asked.session(Kind::Native).await?;
+            };
+            let led = asked.session(kind).await?;
             *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
-            Ok(answer::switching(&accept, Some(SUBPROTOCOL)))
+            Ok(answer::switching(&accept, Some(protocol)))
         }
         Target::Dialect(dialect) => {
             let accept = request::upgrade(&head)?;

@@ -8,6 +8,7 @@
 pub mod account;
 pub mod count;
 pub mod names;
+pub mod proxy;
 pub mod splice;
 pub mod table;
 pub mod visit;

@@ -15,4 +15,5 @@ pub mod packet;
 pub mod queue;
 pub mod record;
 pub mod sniff;
+pub mod streams;
 pub mod validate;

@@ -214,6 +214,7 @@ fn pro_06_versions_that_are_not_safe_are_refused() {
     let old = |version| Greeting {
         version,
         extensions: Vec::new(),
+        ..Greeting::new()
     };
     for version in [0x0300, 0x0301, 0x0302] {
         assert_eq!(bad(&old(version)), Alert::ProtocolVersion);

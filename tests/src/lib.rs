@@ -23,6 +23,7 @@ pub mod read_back;
 pub mod relay;
 pub mod rogue;
 pub mod scene;
+pub mod serving;
 pub mod stage;
 pub mod sums;
 pub mod tcp_watch;

@@ -11,6 +11,7 @@ use rvpn_lab::topology::GW4;
 use rvpn_lab::tunnel_client::{DIALECTS, Speech, on};
 use rvpn_lab::{PATIENCE, wait_until};
 use rvpn_proto::control::{Hello, Message as Control, PATH, SUBPROTOCOL, Stage};
+use rvpn_proto::record::{Offload, append};
 
 const PORT: u16 = 8080;
 const PLAIN: &str = "[[listener]]\naddress = \"[::]:443\"\n[[listener]]\naddress = \"0.0.0.0:8080\"\nmode = \"plain\"\n";
@@ -290,8 +291,18 @@ fn flood(scene: &Scene, small: &[u8]) -> bool {
 fn pro_19_a_flood_of_small_frames_ends_its_sender_and_disturbs_nobody() {
     let scene = scene();
     let [server, _] = scene.servers();
-    let ends = [frame(BINARY, b"a"), frame(FIN | CONTINUED, b"c")];
-    let pieces = [&ends[0][..], &frame(CONTINUED, b"b").repeat(400), &ends[1]].concat();
+    // A message that is in order, of a packet that goes nowhere.
+    let mut message = Vec::new();
+    append(&mut message, &[0; 400], Offload::NONE).expect("a record");
+    let [first, middle @ .., last] = &message[..] else {
+        panic!("a message has a beginning and an end");
+    };
+    let middle = middle.iter().flat_map(|byte| frame(CONTINUED, &[*byte]));
+    let pieces: Vec<u8> = frame(BINARY, &[*first])
+        .into_iter()
+        .chain(middle)
+        .chain(frame(FIN | CONTINUED, &[*last]))
+        .collect();
     let kinds = [
         (
             "texts",

@@ -9,12 +9,13 @@ use std::time::Duration;
 use rvpn_proto::control::{self, Prefix};
 use rvpn_proto::dialect::{Dialect as Variant, Noise, Padding};
 use rvpn_proto::name::Pattern;
+use rvpn_proto::packer::Profile;
 
 use super::raw::{self, Raw};
 use super::{
     AdminAddress, Algorithm, CertificateFiles, Config, Dialect, HelperSettings, Key, KeySource,
-    Legacy, Limits, Listener, Mode, Names, Network, Secret, SessionSettings, acme, demo, front,
-    host_of, log, serve,
+    Legacy, Limits, Listener, Mode, Names, Network, Packer, Secret, SessionSettings, acme, demo,
+    front, host_of, log, serve,
 };
 
 /// Where the system keeps the certificates that everybody believes.
@@ -76,6 +77,7 @@ pub(super) fn check(
         .map(|d| dialect(d, &legacy).map(Arc::new))
         .collect::<Checked<Vec<_>>>()?;
     let demo = demo::check(&raw.demo, &dialects)?;
+    let packer = packer(raw.packer, &legacy)?;
     let allowed_origins = raw
         .allowed_origins
         .into_iter()
@@ -129,6 +131,7 @@ pub(super) fn check(
         dialects,
         page: matches!(raw.page, raw::Switch::On),
         demo,
+        packer,
         serve,
         limits: limits(&raw.limits)?,
         session: session(raw.session)?,
@@ -324,8 +327,22 @@ fn one_legacy(raw: raw::Legacy, base: &Path) -> Checked<Legacy> {
         name,
         secret,
         domains,
+        profile: raw.profile.map(|p| profile(&p)).transpose()?,
         class: raw.class,
     })
+}
+
+fn packer(raw: raw::Packer, legacy: &[Legacy]) -> Checked<Packer> {
+    let some = legacy.iter().any(|l| !l.domains.is_empty());
+    Ok(Packer {
+        enabled: raw.enabled.unwrap_or(some),
+        profile: raw.profile.map(|p| profile(&p)).transpose()?,
+    })
+}
+
+fn profile(text: &str) -> Checked<Profile> {
+    text.parse()
+        .map_err(|why| format!("profile: \"{text}\" is {why}"))
 }
 
 fn dialect(raw: raw::Dialect, legacy: &[Legacy]) -> Checked<Dialect> {

@@ -41,6 +41,8 @@ pub(super) struct Raw {
     #[serde(default)]
     pub(super) demo: Demo,
     #[serde(default)]
+    pub(super) packer: Packer,
+    #[serde(default)]
     pub(super) serve: Serve,
     #[serde(default)]
     pub(super) name: Vec<Name>,
@@ -192,8 +194,16 @@ pub(super) struct Legacy {
     pub(super) secret_file: Option<PathBuf>,
     #[serde(default)]
     pub(super) domains: Vec<String>,
+    pub(super) profile: Option<String>,
     #[serde(default)]
     pub(super) class: u8,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Packer {
+    pub(super) enabled: Option<bool>,
+    pub(super) profile: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -272,7 +282,6 @@ pub(super) struct Serve {
     pub(super) balance: Option<super::serve::Balance>,
     pub(super) visitors_per_account: Option<usize>,
     pub(super) idle_seconds: Option<u64>,
-    pub(super) ssh: Option<String>,
     pub(super) strict_ports: Option<bool>,
     #[serde(default)]
     pub(super) dead_time: DeadTime,

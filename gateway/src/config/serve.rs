@@ -91,8 +91,6 @@ pub struct Serve {
     pub visitors_per_account: usize,
     /// How long nothing may pass between a visitor and its server.
     pub idle: Duration,
-    /// Whose client gets SSH on the shared port.
-    pub ssh: Option<Name>,
     /// Whether ports of a client's own refuse what names are for.
     pub strict_ports: bool,
     /// See there.
@@ -138,7 +136,6 @@ impl Default for Serve {
             balance: Balance::default(),
             visitors_per_account: VISITORS,
             idle: Duration::from_secs(IDLE),
-            ssh: None,
             strict_ports: true,
             dead_time: DeadTime {
                 dwell: Duration::from_secs(DWELL),
@@ -222,7 +219,6 @@ pub(super) fn check<'a>(
         balance: raw.balance.unwrap_or_default(),
         visitors_per_account: visitors,
         idle: seconds("idle-seconds", raw.idle_seconds, IDLE, 30 * 24 * 3600)?,
-        ssh: raw.ssh.map(|text| name("ssh", text)).transpose()?,
         strict_ports: raw.strict_ports.unwrap_or(true),
         dead_time: DeadTime {
             dwell: seconds("dead-time.dwell", dead.dwell, DWELL, 3600)?,

@@ -53,6 +53,8 @@ pub enum Refusal {
     Alert(Alert),
     /// That HTTP/1.1 is spoken here, in the words of HTTP/2.
     NoHttp2,
+    /// That such a request is not for this port, in the words of HTTP/1.
+    Misdirected,
     /// Nothing.
     Silence,
 }

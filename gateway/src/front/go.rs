@@ -8,6 +8,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use rustls::ServerConfig;
+use rvpn_proto::sniff::alert::Alert;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
@@ -17,7 +18,7 @@ use super::decide::{Certificate, Refusal, Way};
 use crate::admit::{Io, Raw};
 use crate::http::{self, Front, Visitor};
 use crate::limits::PendingPass;
-use crate::serve::visit;
+use crate::serve::{Duplex, visit};
 
 /// How long the farewell to somebody who is refused may take.
 const PARTING: Duration = Duration::from_secs(1);
@@ -27,15 +28,26 @@ const PARTING_BYTES: u64 = 64 * 1024;
 /// No settings, and a farewell that says to use HTTP/1.1 (RFC 9113, 7).
 const GOAWAY: &[u8] = b"\0\0\0\x04\0\0\0\0\0\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0d";
 
+const MISDIRECTED: &[u8] =
+    b"HTTP/1.1 421 Misdirected Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+
 /// Carries it out.
 pub(super) async fn go(front: Arc<Front>, raw: Raw, visitor: Visitor, way: Way, pass: PendingPass) {
     match way {
         Way::Http => http::serve(front, Io::plain(raw), visitor, pass).await,
         Way::Here(certificate) => here(front, raw, visitor, certificate, pass).await,
         Way::Through(visit) => visit::pass(front, Io::plain(raw), visit, pass).await,
-        Way::Refused(Refusal::Alert(alert)) => part(raw, &alert.record()).await,
-        Way::Refused(Refusal::NoHttp2) => part(raw, GOAWAY).await,
-        Way::Refused(Refusal::Silence) => {}
+        Way::Refused(refusal) => refuse(raw, refusal).await,
+    }
+}
+
+/// Says why not, and closes.
+pub(super) async fn refuse(raw: Raw, refusal: Refusal) {
+    match refusal {
+        Refusal::Alert(alert) => part(raw, &alert.record()).await,
+        Refusal::NoHttp2 => part(raw, GOAWAY).await,
+        Refusal::Misdirected => part(raw, MISDIRECTED).await,
+        Refusal::Silence => {}
     }
 }
 
@@ -90,8 +102,13 @@ async fn handshake(front: &Front, config: Arc<ServerConfig>, raw: Raw) -> io::Re
     Ok(Io::tls(stream))
 }
 
-/// Says why not, and closes.
-async fn part(mut raw: Raw, why: &[u8]) {
+/// Tells a visitor of a name, in TLS, that nobody takes it.
+pub(crate) async fn not_taken(io: Io) {
+    part(io, &Alert::InternalError.record()).await;
+}
+
+/// Last words, and the end.
+async fn part(mut raw: impl Duplex, why: &[u8]) {
     let parting = async {
         raw.write_all(why).await?;
         raw.shutdown().await?;

@@ -263,6 +263,26 @@ impl Listeners {
         }
     }
 
+    /// Listens there no longer, if the listener is this taker's.
+    pub(crate) async fn remove_of(&self, address: SocketAddr, taker: &str) {
+        let own = {
+            let inner = self.lock();
+            let open = inner.at(address);
+            open.is_some_and(|(_, o)| whose(&o.door.purpose).as_deref() == Some(taker))
+        };
+        if own {
+            self.remove(address).await;
+        }
+    }
+
+    /// Runs something where the listeners run.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let runtime = self.lock().runtime.clone();
+        if let Some(runtime) = runtime.or_else(|| Handle::try_current().ok()) {
+            runtime.spawn(task);
+        }
+    }
+
     /// Listens there no longer; false if it did not. When this is done the port
     /// is free.
     pub async fn remove(&self, address: SocketAddr) -> bool {

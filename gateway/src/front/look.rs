@@ -6,7 +6,6 @@
 use std::io;
 use std::time::Duration;
 
-use bytes::Bytes;
 use rvpn_proto::sniff::alert::Alert;
 use rvpn_proto::sniff::{Class, ClientHello, HelloReader, RECORDS_LIMIT, Reading, classify};
 use tokio::io::AsyncReadExt;
@@ -42,13 +41,34 @@ pub enum What {
 /// What a connection is, and the bytes that say so.
 pub(super) struct Seen {
     pub(super) what: What,
-    bytes: Bytes,
+    bytes: Vec<u8>,
 }
 
+/// Longest head of a request in which its host is looked for.
+const HEAD: usize = 8 * 1024;
+
 impl Seen {
+    /// Whether what seems to be a request says for which host it is. Reads on
+    /// until its head is there, but not for longer than this.
+    pub(super) async fn names_a_host(&mut self, counted: &mut Counted, patience: Duration) -> bool {
+        let reading = async {
+            while !ends(&self.bytes) && self.bytes.len() < HEAD {
+                if more(counted, &mut self.bytes).await.is_err() {
+                    return;
+                }
+            }
+        };
+        // What came by then is what counts.
+        drop(timeout(patience, reading).await);
+        let lines = self.bytes.split(|b| *b == b'\n').skip(1);
+        let head = lines.take_while(|l| !l.trim_ascii().is_empty());
+        let mut names = head.filter_map(|l| l.split(|b| *b == b':').next());
+        names.any(|name| name.eq_ignore_ascii_case(b"host"))
+    }
+
     /// The connection as if nothing had been read.
     pub(super) fn replayed(self, counted: Counted) -> Raw {
-        Prefixed::new(self.bytes, counted)
+        Prefixed::new(self.bytes.into(), counted)
     }
 }
 
@@ -59,27 +79,28 @@ pub(super) async fn look(
     mode: Mode,
     silence: Option<Duration>,
 ) -> io::Result<Seen> {
-    let bytes = Bytes::new();
+    let bytes = Vec::new();
     if mode == Mode::Plain {
         let what = What::Http;
         return Ok(Seen { what, bytes });
     }
     // Whoever says nothing costs no buffer.
-    let patience = silence.filter(|_| mode == Mode::Auto);
-    match patience {
-        None => counted.readable().await?,
-        Some(patience) => match timeout(patience, counted.readable()).await {
-            Ok(readable) => readable?,
+    let first = counted.read_first(FIRST_BYTES);
+    let mut bytes = match silence.filter(|_| mode == Mode::Auto) {
+        None => first.await?,
+        Some(patience) => match timeout(patience, first).await {
+            Ok(first) => first?,
             Err(_) => {
                 let what = What::Silent;
                 return Ok(Seen { what, bytes });
             }
         },
+    };
+    if bytes.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let mut bytes = Vec::new();
     let mut reader = HelloReader::new();
     let what = loop {
-        more(counted, &mut bytes).await?;
         match classify(&bytes) {
             None => {}
             Some(Class::Tls) => match reader.read(&bytes) {
@@ -93,9 +114,13 @@ pub(super) async fn look(
             Some(Class::Ssh) => break What::Ssh,
             Some(Class::Other) => break What::Other,
         }
+        more(counted, &mut bytes).await?;
     };
-    let bytes = bytes.into();
     Ok(Seen { what, bytes })
+}
+
+fn ends(head: &[u8]) -> bool {
+    head.windows(4).any(|w| w == b"\r\n\r\n")
 }
 
 /// Reads once. The buffer grows in steps and never beyond what a greeting may take.

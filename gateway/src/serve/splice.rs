@@ -8,6 +8,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -30,7 +31,7 @@ thread_local! {
 /// becomes of the visitor, this is what the client was given and gave.
 pub struct Metered {
     stream: Stream,
-    visiting: Visiting,
+    visiting: Arc<Visiting>,
     /// Whether the connection itself is the request, and was answered.
     answered: Option<bool>,
 }
@@ -41,7 +42,7 @@ impl Metered {
         visiting.request();
         Metered {
             stream,
-            visiting,
+            visiting: Arc::new(visiting),
             answered: Some(false),
         }
     }
@@ -50,9 +51,29 @@ impl Metered {
     pub fn bytes(stream: Stream, visiting: Visiting) -> Metered {
         Metered {
             stream,
-            visiting,
+            visiting: Arc::new(visiting),
             answered: None,
         }
+    }
+
+    /// For whoever reads the requests in it.
+    pub fn requests(&self) -> Requests {
+        Requests(Arc::clone(&self.visiting))
+    }
+}
+
+/// Counts requests where a connection may have many.
+pub struct Requests(Arc<Visiting>);
+
+impl Requests {
+    /// One goes to the client.
+    pub fn request(&self) {
+        self.0.request();
+    }
+
+    /// Its answer came.
+    pub fn response(&self) {
+        self.0.response();
     }
 }
 

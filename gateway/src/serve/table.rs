@@ -404,6 +404,27 @@ impl Table {
         (found, coming)
     }
 
+    /// Waits while the name is between two connections of who serves it.
+    pub async fn arrived(&self, name: &Name) {
+        let wanted = Wanted::Name(name.clone(), Service::Https);
+        loop {
+            let changed = self.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            changed.as_mut().enable();
+            let coming = {
+                let inner = self.lock();
+                match inner.groups.ending(name) {
+                    Some(_) => None,
+                    None => inner.past.coming(&wanted, Instant::now()),
+                }
+            };
+            let Some(until) = coming else { return };
+            if timeout_at(until.into(), changed).await.is_err() {
+                return;
+            }
+        }
+    }
+
     /// Who ends TLS for a name; `None` if nobody serves it.
     pub fn ending(&self, name: &Name) -> Option<Ending> {
         let inner = self.lock();
@@ -431,6 +452,27 @@ impl Table {
             }
             None => false,
         }
+    }
+
+    /// Whether somebody serves the name, whatever of it.
+    pub fn serves(&self, name: &Name) -> bool {
+        self.nearest(name).is_some()
+    }
+
+    /// The nearest pattern that is served and covers the name.
+    pub fn nearest(&self, name: &Name) -> Option<What> {
+        let inner = self.lock();
+        match inner.settings.is_reserved(name) {
+            true => None,
+            false => inner.groups.nearest(name),
+        }
+    }
+
+    /// Whether the client is here and serves this.
+    pub fn still(&self, number: u64, what: &What) -> bool {
+        let inner = self.lock();
+        let entry = inner.servers.get(&number);
+        entry.is_some_and(|e| e.offers.iter().any(|(w, _)| w == what))
     }
 
     /// Whether somebody serves the port.

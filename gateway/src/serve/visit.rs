@@ -10,8 +10,9 @@ use tracing::debug;
 
 use super::splice::{Metered, splice};
 use super::table::{Chosen, Table, Wanted};
-use super::{OpenError, Stream, Visit};
+use super::{OpenError, Service, Stream, Visit};
 use crate::admit::Io;
+use crate::front::not_taken;
 use crate::http::Front;
 use crate::limits::PendingPass;
 
@@ -55,19 +56,24 @@ impl Visit {
 }
 
 /// Opens a stream for a visitor at one of the clients that serve what it asks
-/// for: at another one, if the first is going. `count` says what is counted.
+/// for: at another one, if the first is going. `first` was chosen already;
+/// `count` says what is counted.
 pub async fn reach(
     table: &Table,
     visit: &Visit,
+    first: Option<Chosen>,
     count: fn(Stream, super::count::Visiting) -> Metered,
 ) -> Result<Reached, Unserved> {
     let wanted = visit.wanted();
+    let mut first = first;
     let mut tried = Vec::new();
     let mut why = Unserved::Nobody;
     while tried.len() < TRIES {
-        let Some(chosen) = table.seek(&wanted, visit.peer, &tried).await else {
-            break;
+        let chosen = match first.take() {
+            Some(chosen) => Some(chosen),
+            None => table.seek(&wanted, visit.peer, &tried).await,
         };
+        let Some(chosen) = chosen else { break };
         tried.push(chosen.number);
         let visiting = chosen.begin().map_err(|_| Unserved::Full)?;
         match open(&chosen, visit).await {
@@ -108,9 +114,15 @@ async fn open(chosen: &Chosen, visit: &Visit) -> Result<Stream, OpenError> {
 /// Brings a visitor to its server and stays until one of them ends. Nothing of
 /// what it sends is looked at.
 pub async fn pass(front: Arc<Front>, io: Io, visit: Visit, pass: PendingPass) {
-    let reached = match reach(&front.table, &visit, Metered::connection).await {
+    let reached = match reach(&front.table, &visit, None, Metered::connection).await {
         Ok(reached) => reached,
-        Err(why) => return debug!(%why, service = %visit.service, "a visitor is sent away"),
+        Err(why) => {
+            debug!(%why, service = %visit.service, "a visitor is sent away");
+            if visit.service == Service::Https {
+                not_taken(io).await;
+            }
+            return;
+        }
     };
     drop(pass);
     let idle = front.config().serve.idle;

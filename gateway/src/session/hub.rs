@@ -248,6 +248,11 @@ impl Hub {
         asked
     }
 
+    /// Whether no further session may begin.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// Lets no further session begin.
     pub fn close(&self) {
         self.lock().closed = true;

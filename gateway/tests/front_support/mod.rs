@@ -7,6 +7,7 @@
 
 pub(crate) mod client;
 pub(crate) mod echo;
+pub(crate) mod served;
 pub(crate) mod tokens;
 
 use std::fmt::Write as _;

@@ -52,6 +52,11 @@ impl Gauge {
         self.waiting = self.waiting.saturating_sub(bytes);
     }
 
+    /// Whether the client is paused and should not be any longer.
+    pub fn wants_more(&self) -> bool {
+        self.paused && self.waiting < RESUME_BELOW
+    }
+
     /// Whether the client has to be told something. Says it once.
     pub fn turn(&mut self) -> Option<Turn> {
         match self.paused {

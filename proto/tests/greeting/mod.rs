@@ -8,6 +8,7 @@
 #[derive(Clone)]
 pub(crate) struct Greeting {
     pub(crate) version: u16,
+    pub(crate) suites: Vec<u16>,
     pub(crate) extensions: Vec<(u16, Vec<u8>)>,
 }
 
@@ -42,6 +43,7 @@ impl Greeting {
     pub(crate) fn new() -> Greeting {
         Greeting {
             version: 0x0303,
+            suites: vec![0x1301, 0xc02b],
             extensions: vec![(43, vec![4, 3, 4, 3, 3])],
         }
     }
@@ -70,7 +72,8 @@ impl Greeting {
         let mut body = self.version.to_be_bytes().to_vec();
         body.extend([7; 32]);
         body.extend(list8(&[9; 32]));
-        body.extend(list16(&[0x13, 0x01, 0xc0, 0x2b]));
+        let suites = self.suites.iter().flat_map(|s| s.to_be_bytes());
+        body.extend(list16(&suites.collect::<Vec<_>>()));
         body.extend(list8(&[0]));
         let mut all = Vec::new();
         for (kind, content) in &self.extensions {

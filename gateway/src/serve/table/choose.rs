@@ -72,6 +72,14 @@ impl Groups {
         }
     }
 
+    pub(super) fn nearest(&self, name: &Name) -> Option<What> {
+        if self.exact.contains_key(name.as_str()) {
+            return Some(What::Name(Pattern::exact(name.clone())));
+        }
+        let base = name.parents().find_map(|up| self.below.get_key_value(up));
+        base.map(|(base, _)| What::Name(Pattern::below(base.clone())))
+    }
+
     pub(super) fn has_port(&self, port: u16) -> bool {
         self.ports.contains_key(&port)
     }
@@ -98,7 +106,8 @@ impl Groups {
         }
     }
 
-    /// Who ends TLS: the server, if any of those who serve the name wants to.
+    /// Who ends TLS: the server, if any of those who serve the name wants to and
+    /// can; else the gateway, for whoever speaks HTTP.
     pub(super) fn ending(&self, name: &Name) -> Option<Ending> {
         let mut owner: Option<&Arc<str>> = None;
         let mut here = None;
@@ -110,7 +119,9 @@ impl Groups {
             for member in &group.members {
                 match member.ending {
                     Ending::There if member.fits(Service::Https) => return Some(Ending::There),
-                    Ending::Here if member.fits(Service::Http) => here = Some(Ending::Here),
+                    Ending::There | Ending::Here if member.fits(Service::Http) => {
+                        here = Some(Ending::Here);
+                    }
                     Ending::There | Ending::Here => {}
                 }
             }
