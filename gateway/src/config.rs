@@ -190,6 +190,18 @@ pub struct FrontSettings {
     pub other: Option<Name>,
     /// Those who wait to be spoken to.
     pub silent: Option<Name>,
+    /// What those hear whom nobody serves.
+    pub unknown: Unknown,
+}
+
+/// What is said to whoever speaks something that nobody here understands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unknown {
+    /// Nothing.
+    #[default]
+    Close,
+    /// That it is not understood, in JSON.
+    Json,
 }
 
 /// Where the admin API listens.

@@ -122,14 +122,22 @@ impl Inner {
 /// Where the file goes that is set aside now.
 fn free(path: &Path, now: SystemTime) -> io::Result<PathBuf> {
     let stamp = stamp(now);
-    (0..1000)
-        .map(|n| {
-            let mut name = path.as_os_str().to_owned();
-            name.push(format!(".{stamp}-{n:03}"));
-            PathBuf::from(name)
-        })
-        .find(|to| !to.exists())
-        .ok_or_else(|| io::Error::other("too many files of this second"))
+    let of_now = |path: &PathBuf| {
+        let text = path.to_str()?;
+        let (before, number) = text.rsplit_once('-')?;
+        before
+            .ends_with(&stamp)
+            .then(|| number.parse::<u32>().ok())?
+    };
+    // Behind all others of this second, also where the first of them are gone.
+    let last = aside(path).iter().filter_map(of_now).max();
+    let number = last.map_or(0, |n| n + 1);
+    if number > 999 {
+        return Err(io::Error::other("too many files of this second"));
+    }
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{stamp}-{number:03}"));
+    Ok(PathBuf::from(name))
 }
 
 /// Those that were set aside before.

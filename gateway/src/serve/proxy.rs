@@ -159,6 +159,10 @@ async fn answer(connection: &Connection, request: Request<Incoming>) -> Result<A
     let told = told(connection, &parts, &host);
     let path = parts.uri.path();
     let challenge = path.starts_with(CHALLENGE);
+    // A check of the name that the gateway asked for itself; all others are the client's.
+    if challenge && let Some(text) = connection.front.acme.answer(&name, path) {
+        return Ok(pages::text(text));
+    }
     if !told.secure && !challenge {
         match config.serve.policy(&name).http {
             Http::Forward => {}

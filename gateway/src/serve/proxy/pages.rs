@@ -63,6 +63,17 @@ pub(super) fn page(status: StatusCode) -> Answer {
     answer
 }
 
+/// A text as it is.
+pub(super) fn text(text: String) -> Answer {
+    let mut answer = Response::new(whole(text));
+    let headers = answer.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    let kind = HeaderValue::from_static("application/octet-stream");
+    headers.insert(CONTENT_TYPE, kind);
+    answer
+}
+
 /// The same, after which nothing of the connection is read.
 pub(super) fn closing(status: StatusCode) -> Answer {
     close(page(status))
