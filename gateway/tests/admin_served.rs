@@ -40,10 +40,10 @@ async fn lab(authority: &AcmeServer, more: &str) -> Lab {
 }
 
 /// A client that serves these names, whose TLS ends where it says.
-fn serve(lab: &Lab, names: &[(&str, Ending)]) -> Served {
+fn serve(lab: &Lab, account: &str, names: &[(&str, Ending)]) -> Served {
     let (fake, asked) = Fake::new();
     let all: Vec<_> = names.iter().map(|(n, _)| *n).collect();
-    let one = server("alice", "one", rights(&all, &[]), Arc::clone(&fake));
+    let one = server(account, "one", rights(&all, &[]), Arc::clone(&fake));
     let place = lab.front.table.join(one);
     for (name, ending) in names {
         let offer = Offer {
@@ -82,6 +82,7 @@ async fn r_28_a_served_name_whose_tls_ends_here_gets_a_certificate_and_no_other(
     let lab = lab(&authority, "").await;
     let served = serve(
         &lab,
+        "alice",
         &[
             ("here.example.org", Ending::Here),
             ("there.example.org", Ending::There),
@@ -101,7 +102,7 @@ async fn r_28_a_served_name_whose_tls_ends_here_gets_a_certificate_and_no_other(
         assert!(Instant::now() < deadline, "it is still looked after");
         sleep(Duration::from_millis(50)).await;
     }
-    let _again = serve(&lab, &[("here.example.org", Ending::Here)]);
+    let _again = serve(&lab, "alice", &[("here.example.org", Ending::Here)]);
     until_trusted(&lab, "here.example.org", authority.ca_pem()).await;
     assert_eq!(authority.asked().orders, ["here.example.org"]);
 }
@@ -112,8 +113,8 @@ async fn r_28_rev_16_a_challenge_is_answered_by_the_names_client_or_by_us_and_no
     let more =
         "challenge = \"http-01\"\n[[name]]\npattern = \"*.example.org\"\nhttp = \"redirect\"\n";
     let lab = lab(&authority, more).await;
-    let mut a = serve(&lab, &[("a.example.org", Ending::There)]);
-    let mut b = serve(&lab, &[("b.example.org", Ending::Here)]);
+    let mut a = serve(&lab, "alice", &[("a.example.org", Ending::There)]);
+    let mut b = serve(&lab, "bob", &[("b.example.org", Ending::Here)]);
     // Ours, by http-01 under the name that b serves.
     until_trusted(&lab, "b.example.org", authority.ca_pem()).await;
     assert!(b.asked.try_recv().is_err(), "the client saw our challenge");

@@ -122,11 +122,12 @@ async fn status(State(desk): State<Arc<Desk>>, uri: Uri) -> Response {
     let config = desk.config();
     let table = desk.front.table.snapshot();
     let dead = config.serve.dead_time;
+    let admin = config.admin_public.iter().chain(&config.admin_names).next();
     let result = json!({
         "name": "rvpn-gateway",
         "uptime": desk.started.elapsed().as_secs_f64(),
         "wss_domain": config.names.first().unwrap_or_default(),
-        "admin_domain": config.admin_names.first().map_or("", String::as_str),
+        "admin_domain": admin.map_or("", String::as_str),
         "loadbalance_default_method": config.serve.balance.as_str(),
         "dead_time": {
             "dwell": dead.dwell.as_secs(),

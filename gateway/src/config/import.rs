@@ -5,7 +5,6 @@
 
 mod yaml;
 
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use rvpn_proto::name::{Name, Pattern};
@@ -14,6 +13,9 @@ use self::yaml::Node;
 
 /// Where both looked for clients if nothing was said.
 const PORT: u16 = 8443;
+
+/// Secrets below this can be tried out.
+const SHORT: usize = 32;
 
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
@@ -209,41 +211,48 @@ fn domains(rvpn: &Node, out: &mut String, notes: &mut Vec<String>) -> Imported<(
         notes.push("there are no domains, so no older client can log in; add a [[legacy]] block for each secret.".to_owned());
         return Ok(());
     };
-    let mut seen = BTreeSet::new();
+    // Whoever holds a secret may use it for every name that it stands at, and
+    // older clients sign one token for several names.
+    let mut blocks: Vec<(&str, Vec<Pattern>)> = Vec::new();
     for (text, settings) in domains.entries() {
         let pattern = Pattern::parse(text).map_err(|e| wrong("domains", text, &e))?;
+        if blocks.iter().any(|(_, names)| names.contains(&pattern)) {
+            return Err(wrong("domains", text, &"it is there twice"));
+        }
         let Some(secret) = scalar(settings, "secret")? else {
             notes.push(format!(
                 "{pattern} has no secret, so nobody may serve it; it was left out."
             ));
             continue;
         };
-        let label = pattern
-            .to_string()
-            .replace("*.", "all.")
-            .replace([':', '*'], "-");
-        if !seen.insert(label.clone()) {
-            return Err(wrong("domains", text, &"it is there twice"));
+        match blocks.iter_mut().find(|(s, _)| *s == secret) {
+            Some((_, names)) => names.push(pattern),
+            None => blocks.push((secret, vec![pattern])),
         }
-        if secret.len() < 32 {
+    }
+    for (secret, names) in &blocks {
+        let Some(first) = names.first() else { continue };
+        let label = first.to_string().replace("*.", "all.").replace(':', "-");
+        if secret.len() < SHORT {
             notes.push(format!(
-                "the secret of {pattern} has {} characters; whoever guesses it serves the name. Give its clients a longer one.",
+                "the secret of {first} has {} characters; whoever guesses it serves its names. Give their clients a longer one.",
                 secret.len()
             ));
         }
+        let names: Vec<_> = names.iter().map(|n| quoted(&n.to_string())).collect();
         writes(
             out,
             format_args!(
-                "# Tokens signed with this secret may serve this name and nothing else. It may\n\
+                "# Tokens signed with this secret may serve these names and nothing else. It may\n\
                  # stand in a file of its own (mode 0600) instead: secret-file = \"…\"\n\
                  [[legacy]]\nname = {}\nsecret = {}\ndomains = [{}]\n",
                 quoted(&label),
                 quoted(secret),
-                quoted(&pattern.to_string())
+                names.join(", ")
             ),
         );
     }
-    if !seen.is_empty() {
+    if !blocks.is_empty() {
         notes.push(
             "the result has secrets in it: keep it readable for the gateway's user only (chmod 0640)."
                 .to_owned(),
@@ -326,7 +335,14 @@ rvpn:
         let legacy: Vec<_> = config
             .legacy
             .iter()
-            .map(|l| (&*l.name, l.secret.bytes(), l.domains[0].to_string()))
+            .map(|l| {
+                let names = l.domains.iter().map(ToString::to_string);
+                (
+                    &*l.name,
+                    l.secret.bytes(),
+                    names.collect::<Vec<_>>().join(" "),
+                )
+            })
             .collect();
         assert_eq!(
             legacy,
@@ -334,17 +350,12 @@ rvpn:
                 (
                     "test.daplie.me",
                     &b"abc123"[..],
-                    "test.daplie.me".to_owned()
+                    "test.daplie.me *.test3.daplie.me".to_owned()
                 ),
                 (
                     "test2.daplie.me",
                     b"abc: #1\"23",
                     "test2.daplie.me".to_owned()
-                ),
-                (
-                    "all.test3.daplie.me",
-                    b"abc123",
-                    "*.test3.daplie.me".to_owned()
                 ),
             ]
         );
