@@ -286,6 +286,64 @@ async fn r_18_every_endpoint_of_the_ancestor_has_its_names() {
 }
 
 #[tokio::test]
+async fn r_13_counters_are_exact_for_each_client_each_name_and_in_total() {
+    let office = Office::open("").await;
+    let table = &office.lab.front.table;
+    let mut a = serve(table, "alice", "one", &["a.example", "c.example"]);
+    let mut b = serve(table, "bob", "one", &["b.example"]);
+    let mut expected = std::collections::BTreeMap::new();
+    let mut total = 0;
+    for (name, answer) in [
+        ("a.example", 1),
+        ("b.example", 70_001),
+        ("c.example", 333),
+        ("a.example", 16_385),
+        ("b.example", 0),
+    ] {
+        let client = if name == "b.example" { &mut b } else { &mut a };
+        let hello = office.visit(name, client, answer).await;
+        let sums = expected.entry(name).or_insert((0, 0, 0));
+        *sums = (sums.0 + hello as u64, sums.1 + answer as u64, sums.2 + 1);
+        total += answer;
+    }
+    counted(&office, total).await;
+    let row = |v: &Value| ["inbound", "outbound", "visitors-total"].map(|k| v[k].as_u64().unwrap());
+    let names = office.get("/api/v1/names").await;
+    let names = names["names"].as_array().unwrap();
+    assert_eq!(names.len(), 3);
+    let mut whole = [0, 0, 0];
+    for one in names {
+        let (hello, answer, visits) = expected[one["name"].as_str().unwrap()];
+        assert_eq!(row(one), [hello, answer, visits], "{one}");
+        whole.iter_mut().zip(row(one)).for_each(|(w, n)| *w += n);
+    }
+    let servers = office.get("/api/v1/servers").await;
+    let mut of_clients = [0, 0, 0];
+    for one in servers["servers"].as_array().unwrap() {
+        let mut of_names = [0, 0, 0];
+        for offer in one["offers"].as_array().unwrap() {
+            of_names
+                .iter_mut()
+                .zip(row(offer))
+                .for_each(|(w, n)| *w += n);
+        }
+        assert_eq!(row(one), of_names, "a client is the sum of its names");
+        of_clients
+            .iter_mut()
+            .zip(of_names)
+            .for_each(|(w, n)| *w += n);
+    }
+    assert_eq!(of_clients, whole);
+    let status = office.result("status/").await;
+    assert_eq!(status["traffic"]["BytesOut"], json!(whole[0]));
+    assert_eq!(status["traffic"]["BytesIn"], json!(whole[1]));
+    assert_eq!(
+        status["ext_connections"]["total_connections"],
+        json!(whole[2])
+    );
+}
+
+#[tokio::test]
 async fn r_18_its_errors_are_answers_and_its_slashes_are_corrected() {
     let office = Office::open("").await;
     for (path, error) in [
