@@ -347,7 +347,7 @@ async fn stop(wire: &Wire) -> Outcome {
 }
 
 /// Twice as long each time, and never the same for two clients.
-fn backoff(failures: u32) -> Duration {
+pub(crate) fn backoff(failures: u32) -> Duration {
     if failures == 0 {
         return Duration::ZERO;
     }

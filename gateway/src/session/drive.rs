@@ -485,20 +485,20 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
 
 /// Bounds what is not data: a client has little to say beside it.
 #[derive(Debug)]
-struct Bucket {
+pub(crate) struct Bucket {
     left: u32,
     since: Instant,
 }
 
 impl Bucket {
-    fn full(now: Instant) -> Bucket {
+    pub(crate) fn full(now: Instant) -> Bucket {
         Bucket {
             left: CONTROL_BURST,
             since: now,
         }
     }
 
-    fn take(&mut self, now: Instant) -> Result<(), End> {
+    pub(crate) fn take(&mut self, now: Instant) -> Result<(), End> {
         let gained = now.saturating_duration_since(self.since).as_millis()
             * u128::from(CONTROL_PER_SECOND)
             / 1000;
