@@ -3,18 +3,23 @@
 //! Order matters: bounding set, user, capabilities, no-new-privileges,
 //! Landlock (before the second thread starts), system calls (on all threads).
 
-pub(crate) mod landlock;
 pub(crate) mod seccomp;
 
 use std::fs;
 use std::io;
+use std::path::Path;
 
 use caps::{CapSet, Capability, CapsHashSet};
+use landlock::{
+    ABI, Access, AccessFs, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetStatus, make_bitflags,
+};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::{prctl, stat};
 use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 
 use crate::config::Config;
+use crate::kernel::{raw, tun};
 
 /// Descriptors needed beside those of a batch in creation.
 const DESCRIPTORS: u64 = 256;
@@ -46,7 +51,7 @@ pub(crate) fn settle(keep_descriptors: u64) -> io::Result<()> {
             .map_err(|_| io::Error::other(format!("the limit of {needed}")))?;
     }
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
-    landlock::close_from(3 + keep_descriptors)
+    Ok(raw::close_from(3 + keep_descriptors)?)
 }
 
 /// Becomes the helper's user with `CAP_NET_ADMIN` and nothing else.
@@ -79,6 +84,36 @@ pub(crate) fn drop_privileges(config: &Config) -> io::Result<()> {
     caps::clear(None, CapSet::Inheritable).map_err(error)?;
     prctl::set_no_new_privs()?;
     prctl::set_dumpable(false)?;
+    Ok(())
+}
+
+/// Confines this thread, and those it starts, to the files it needs; execution is never granted.
+pub(crate) fn files(config: &Config) -> io::Result<()> {
+    let read = make_bitflags!(AccessFs::{ReadFile | ReadDir});
+    let change = read | AccessFs::WriteFile;
+    let keep = change | AccessFs::MakeReg | AccessFs::RemoveFile;
+    let error = |e| io::Error::other(format!("landlock: {e}"));
+    let ruleset = Ruleset::default().handle_access(AccessFs::from_all(ABI::V1));
+    let mut ruleset = ruleset.and_then(Ruleset::create).map_err(error)?;
+    let paths: [(&Path, BitFlags<AccessFs>); 4] = [
+        // Rights over directories are refused for a plain file.
+        (
+            tun::DEVICE.as_ref(),
+            AccessFs::ReadFile | AccessFs::WriteFile,
+        ),
+        ("/proc/sys/net".as_ref(), change),
+        ("/proc".as_ref(), read),
+        (&config.state, keep),
+    ];
+    for (path, access) in paths {
+        let beneath = PathFd::new(path).map_err(io::Error::other)?;
+        let rule = PathBeneath::new(beneath, access);
+        ruleset = ruleset.add_rule(rule).map_err(error)?;
+    }
+    let status = ruleset.restrict_self().map_err(error)?.ruleset;
+    if status == RulesetStatus::NotEnforced {
+        say!(warning: "this kernel has no Landlock: files are guarded by ownership alone");
+    }
     Ok(())
 }
 

@@ -25,19 +25,10 @@ pub(crate) trait Payload {
     fn bytes(self) -> Vec<u8>;
 }
 
-/// Attributes inside one.
-pub(crate) struct Nest(pub(crate) Vec<u8>);
-
-impl Payload for Nest {
-    const FLAGS: u16 = 0x8000;
-    fn bytes(self) -> Vec<u8> {
-        self.0
-    }
-}
-
 macro_rules! payloads {
-    ($($kind:ty: $bytes:expr;)*) => { $(
+    ($($kind:ty: $flags:literal, $bytes:expr;)*) => { $(
         impl Payload for $kind {
+            const FLAGS: u16 = $flags;
             fn bytes(self) -> Vec<u8> {
                 ($bytes)(self)
             }
@@ -46,12 +37,14 @@ macro_rules! payloads {
 }
 
 payloads! {
+    // Attributes inside this one.
+    Vec<u8>: 0x8000, |attributes| attributes;
     // Big-endian, as nfnetlink has numbers; rtnetlink's are given as native bytes.
-    u32: |n: u32| n.to_be_bytes().to_vec();
+    u32: 0, |n: u32| n.to_be_bytes().to_vec();
     // With its terminating zero.
-    &str: |s: &str| [s.as_bytes(), &[0]].concat();
-    &[u8]: <[u8]>::to_vec;
-    [u8; 4]: |b: [u8; 4]| b.to_vec();
+    &str: 0, |s: &str| [s.as_bytes(), &[0]].concat();
+    &[u8]: 0, <[u8]>::to_vec;
+    [u8; 4]: 0, |b: [u8; 4]| b.to_vec();
 }
 
 /// One attribute.
@@ -64,17 +57,12 @@ pub(crate) fn attr<P: Payload>(kind: u16, payload: P) -> Vec<u8> {
     b
 }
 
-/// Attributes side by side: `attrs![KIND => PAYLOAD, ...]`.
+/// Attributes side by side, themselves the payload of one: `attrs![KIND => PAYLOAD, ...]`.
 macro_rules! attrs {
     ($($kind:expr => $payload:expr),*) => {{
         let all: &[Vec<u8>] = &[$($crate::kernel::netlink::attr($kind, $payload)),*];
         all.concat()
     }};
-}
-
-/// Attributes as the payload of one.
-macro_rules! nest {
-    ($($all:tt)*) => { $crate::kernel::netlink::Nest(attrs![$($all)*]) };
 }
 
 /// One message; its sequence number is filled in when it is sent.
@@ -181,25 +169,24 @@ impl Socket {
         let _ = setsockopt(&fd, sockopt::SndBufForce, &(16 << 20));
         let _ = setsockopt(&fd, sockopt::RcvBufForce, &(4 << 20));
         // Dumps are filtered by the kernel, not by us: the address dump by interface among them.
-        super::sockopt::set_strict(&fd)?;
+        super::raw::set_strict(&fd)?;
         let port = getsockname::<NetlinkAddr>(fd.as_raw_fd())?.pid();
         let (seq, buf) = (0, vec![0; RECEIVE]);
         Ok(Socket { fd, port, seq, buf })
     }
 
-    /// Numbers the messages and sends them; returns the last number before `end`.
-    fn send(&mut self, mut batch: Vec<u8>, end: usize) -> io::Result<u32> {
+    /// Numbers the messages and sends them; returns the first number.
+    fn send(&mut self, mut batch: Vec<u8>) -> io::Result<u32> {
         #[cfg(feature = "fault-hooks")]
         crate::fault::refuse("send")?;
-        let (mut at, mut last) = (0, 0);
+        let (first, mut at) = (self.seq.wrapping_add(1), 0);
         while let Some(len) = u32_at(&batch, at) {
             self.seq = self.seq.wrapping_add(1);
             batch[at + 8..at + 12].copy_from_slice(&self.seq.to_ne_bytes());
-            last = if at < end { self.seq } else { last };
             at += (len as usize).next_multiple_of(4).max(HEADER);
         }
         send(self.fd.as_raw_fd(), &batch, MsgFlags::empty())?;
-        Ok(last)
+        Ok(first)
     }
 
     /// One datagram from the kernel; whatever another process sends is dropped.
@@ -235,15 +222,15 @@ impl Socket {
 
     /// The same, with what is sent after them and never acknowledged.
     pub(crate) fn transact(&mut self, mut batch: Vec<u8>, after: &[u8]) -> io::Result<()> {
-        let end = batch.len();
-        let sizes = messages(&batch).map(|m| (HEADER + m.body.len()).next_multiple_of(4));
-        let Some(size) = sizes.last() else {
+        let mut sizes: Vec<usize> = messages(&batch).map(|m| HEADER + m.body.len()).collect();
+        let Some(size) = sizes.pop() else {
             return Ok(());
         };
-        batch[end - size + 6] |= libc::NLM_F_ACK as u8;
+        let flags = batch.len() - size.next_multiple_of(4) + 6;
+        batch[flags] |= libc::NLM_F_ACK as u8;
         batch.extend(after);
-        let first = self.seq.wrapping_add(1);
-        let last = self.send(batch, end)?;
+        let first = self.send(batch)?;
+        let last = first.wrapping_add(sizes.len() as u32);
         let mut all = Ok(());
         loop {
             for m in messages(self.receive(MsgFlags::empty())?) {
@@ -261,38 +248,27 @@ impl Socket {
         }
     }
 
-    /// Sends one request and returns the body of its one answer.
-    pub(crate) fn ask(&mut self, request: Vec<u8>) -> io::Result<Vec<u8>> {
-        let seq = self.send(request, usize::MAX)?;
-        loop {
-            let answer = messages(self.receive(MsgFlags::empty())?).find(|m| m.seq == seq);
-            if let Some(m) = answer {
-                return m.result().unwrap_or(Ok(())).map(|()| m.body.to_vec());
-            }
-        }
-    }
-
-    /// Asks for a dump, again when the tables changed while it was made, and
-    /// returns what is read from each message's body.
-    pub(crate) fn dump<T>(
+    /// Sends one request and returns what is read from the bodies of its answers:
+    /// one, or all that a dump has. That is asked for again when the tables changed
+    /// while it was made.
+    pub(crate) fn ask<I: IntoIterator>(
         &mut self,
-        kind: u16,
-        fixed: &[u8],
-        attrs: &[u8],
-        read: impl Fn(&[u8], &mut Vec<T>),
-    ) -> io::Result<Vec<T>> {
+        request: Vec<u8>,
+        read: impl Fn(&[u8]) -> I,
+    ) -> io::Result<Vec<I::Item>> {
+        let all = |m: Message<'_>| i32::from(m.flags) & libc::NLM_F_DUMP == libc::NLM_F_DUMP;
+        let dump = messages(&request).any(all);
         for _ in 0..8 {
-            let mut found = Vec::new();
-            let request = message(kind, libc::NLM_F_DUMP, fixed, attrs);
-            let seq = self.send(request, usize::MAX)?;
-            let (mut whole, mut done) = (true, false);
+            let (mut found, mut whole, mut done) = (Vec::new(), true, false);
+            let seq = self.send(request.clone())?;
             while !done {
                 for m in messages(self.receive(MsgFlags::empty())?).filter(|m| m.seq == seq) {
                     m.result().unwrap_or(Ok(()))?;
                     whole &= i32::from(m.flags) & libc::NLM_F_DUMP_INTR == 0;
-                    done = m.kind == libc::NLMSG_DONE as u16;
-                    if !done {
-                        read(m.body, &mut found);
+                    let last = m.kind == libc::NLMSG_DONE as u16;
+                    done = last || !dump;
+                    if !last {
+                        found.extend(read(m.body));
                     }
                 }
             }
@@ -311,7 +287,7 @@ mod tests {
 
     #[test]
     fn messages_and_attributes_are_read_back() {
-        let parts = attrs![3 => "rv0", 13 => 500_u32.to_ne_bytes(), 26 => nest![8 => &[1_u8][..]]];
+        let parts = attrs![3 => "rv0", 13 => 500_u32.to_ne_bytes(), 26 => attrs![8 => &[1_u8][..]]];
         let mut b = message(16, 0, &[1, 2, 3, 4], &parts);
         b.extend(message(17, 0, &[0; 4], &[]));
         let all: Vec<_> = messages(&b).collect();
