@@ -1,7 +1,7 @@
 //! Making the kernel look like the plan, reading back how far it does, and
 //! removing every trace of it again.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 
@@ -36,7 +36,7 @@ pub(crate) fn survey(k: &mut Kernel, of: Option<u32>) -> io::Result<Survey> {
         return Ok(found);
     }
     let addresses = link::addresses(k, of)?.into_iter();
-    let addresses: HashSet<(u32, IpNet)> = addresses.map(|f| (f.index, f.net)).collect();
+    let addresses: BTreeSet<(u32, IpNet)> = addresses.map(|f| (f.index, f.net)).collect();
     for l in links {
         let grouped = l.group == k.config.link_group;
         match Device::read(&l.name, &l.alias, l.index) {

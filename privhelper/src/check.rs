@@ -1,6 +1,6 @@
 //! Whether this host can carry this configuration.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -36,7 +36,7 @@ pub(crate) fn host(k: &mut Kernel) -> io::Result<Vec<(Weight, String)>> {
     let foreign = found.foreign.iter().map(|n| apply::foreign(n).to_string());
     judge("interface names free or ours", foreign.collect());
 
-    let ours: HashSet<u32> = found.ours.iter().map(|d| d.0.index).collect();
+    let ours: BTreeSet<u32> = found.ours.iter().map(|d| d.0.index).collect();
     let mut overlaps = Vec::new();
     for f in [link::routes(k)?, link::addresses(k, None)?].concat() {
         let theirs = !f.ours && !ours.contains(&f.index) && f.net.prefix_len() > 0;

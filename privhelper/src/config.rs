@@ -135,11 +135,8 @@ pub(crate) fn load(path: &Path) -> Result<Config, String> {
     let meta = file.metadata().map_err(failed)?;
     let (uid, me) = (meta.uid(), nix::unistd::geteuid().as_raw());
     let trusted = uid == 0 || uid == me && confine::in_user_namespace();
-    let remedy = format!("chown root {shown}");
-    ensure!(
-        trusted,
-        "{shown}: owned by uid {uid}, must be root's: {remedy}"
-    );
+    let owner = format!("owned by uid {uid}, must be root's");
+    ensure!(trusted, "{shown}: {owner}: chown root {shown}");
     let closed = meta.mode() & 0o022 == 0;
     ensure!(closed, "{shown}: others may write it: chmod go-w {shown}");
     let mut text = String::new();
@@ -365,10 +362,8 @@ fn uplink(s: &str) -> Result<Vec<String>, String> {
         ensure!(fits, "names '{n}', which cannot be an uplink");
         Ok(n.to_owned())
     })?;
-    ensure!(
-        !names.is_empty(),
-        "names no interface: give one, or default"
-    );
+    let some = !names.is_empty();
+    ensure!(some, "names no interface: give one, or default");
     Ok(names)
 }
 

@@ -116,14 +116,12 @@ impl Pool {
     pub(crate) fn find(&self, key: Key) -> Option<&Entry> {
         let mut all = self.entries.iter();
         let own = all.find(|e| e.live().is_some_and(|l| l.key == key));
-        own.or_else(|| {
-            let since = |e: &&Entry| match e.state {
-                State::Free(since) => Some(since),
-                _ => None,
-            };
-            let free = self.entries.iter().filter(|e| since(e).is_some());
-            free.min_by_key(since)
-        })
+        let since = |e: &&Entry| match e.state {
+            State::Free(since) => since,
+            _ => u64::MAX,
+        };
+        let next = || self.entries.iter().min_by_key(since);
+        own.or_else(|| next().filter(|e| since(e) < u64::MAX))
     }
 
     /// The slot is the holder's, on this device with this lease.
@@ -133,10 +131,19 @@ impl Pool {
     }
 
     /// A lease claimed by whoever holds it already, or by the gateway that takes over.
-    pub(crate) fn confirm(&mut self, slot: Slot, g: Generation, key: Key, holder: Holder) -> bool {
-        let named = |e: &Entry| e.live().is_some_and(|l| l.key == key) && e.device.generation == g;
-        let found = self.entries.get_mut(slot as usize).filter(|e| named(e));
-        found.map(|e| e.state = State::Leased(holder)).is_some()
+    pub(crate) fn confirm(
+        &mut self,
+        slot: Slot,
+        g: Generation,
+        key: Key,
+        holder: Holder,
+    ) -> Option<Device> {
+        let entry = self.entries.get_mut(slot as usize)?;
+        let named = entry.live()?.key == key && entry.device.generation == g;
+        if named {
+            entry.state = State::Leased(holder);
+        }
+        named.then_some(entry.device)
     }
 
     /// The holder ends its lease: the session may come back until then, or the slot is to be cleaned.
@@ -314,11 +321,12 @@ mod tests {
         };
         assert_eq!(p.counts(), expected);
         let key = |n| packets(n).key;
-        assert!(!p.confirm(0, 4, key(1), 1));
-        assert!(!p.confirm(0, 5, key(2), 1));
-        assert!(!p.confirm(2, 3, key(2), 1), "it is being cleaned");
-        assert!(p.confirm(0, 5, key(1), 1));
-        assert!(p.confirm(0, 5, key(1), 2), "a successor takes it over");
+        assert_eq!(p.confirm(0, 4, key(1), 1), None);
+        assert_eq!(p.confirm(0, 5, key(2), 1), None);
+        assert_eq!(p.confirm(2, 3, key(2), 1), None, "it is being cleaned");
+        assert!(p.confirm(0, 5, key(1), 1).is_some());
+        let taken = p.confirm(0, 5, key(1), 2);
+        assert!(taken.is_some(), "a successor takes it over");
         assert!(
             !p.end(0, 5, 1, Some(now)),
             "and its predecessor has lost it"

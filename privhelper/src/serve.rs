@@ -4,7 +4,7 @@ mod events;
 mod leases;
 mod peers;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -130,7 +130,7 @@ pub(crate) fn adopt(k: &mut Kernel, uplinks: &[u32]) -> io::Result<(Pool, usize)
         return Err(apply::foreign(name));
     }
     let until = Instant::now() + k.config.linger.max(CLAIM);
-    let (mut pool, mut missing, mut keys) = (Pool::default(), Vec::new(), HashSet::new());
+    let (mut pool, mut missing, mut keys) = (Pool::default(), Vec::new(), BTreeSet::new());
     let last = ours.last().map_or(0, |d| d.0.slot + 1);
     let mut found = ours.into_iter().peekable();
     // Slots are numbered without gaps: a device that went missing among others is made again.
@@ -284,7 +284,7 @@ impl Server {
                 Err(e) => {
                     say!(error: "{} stays out of use, trying again: {e}", was.name());
                     // Nobody misses a device that was never there as much as one that was.
-                    let wait = if was.index == 0 { 30 * RETRY } else { RETRY };
+                    let wait = if was.index == 0 { 5 * RETRY } else { RETRY };
                     self.after(wait, Task::Clean(was.slot));
                 }
             }

@@ -7,12 +7,11 @@ pub(crate) mod seccomp;
 
 use std::fs;
 use std::io;
-use std::path::Path;
 
 use caps::{CapSet, Capability, CapsHashSet};
 use landlock::{
-    ABI, Access, AccessFs, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
-    RulesetStatus, make_bitflags,
+    ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus,
+    make_bitflags, path_beneath_rules,
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::{prctl, stat};
@@ -45,11 +44,13 @@ pub(crate) fn settle(keep_descriptors: u64) -> io::Result<()> {
     stat::umask(stat::Mode::from_bits_truncate(0o077));
     std::env::set_current_dir("/")?;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    if soft < DESCRIPTORS {
-        let needed = format!("open files is {soft}, {DESCRIPTORS} are needed: raise it");
-        setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, hard.max(DESCRIPTORS))
-            .map_err(|_| io::Error::other(format!("the limit of {needed}")))?;
-    }
+    let raised = setrlimit(
+        Resource::RLIMIT_NOFILE,
+        soft.max(DESCRIPTORS),
+        hard.max(DESCRIPTORS),
+    );
+    let needed = format!("the limit of open files is {soft}, {DESCRIPTORS} are needed: raise it");
+    raised.map_err(|_| io::Error::other(needed))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     Ok(raw::close_from(3 + keep_descriptors)?)
 }
@@ -91,27 +92,20 @@ pub(crate) fn drop_privileges(config: &Config) -> io::Result<()> {
 pub(crate) fn files(config: &Config) -> io::Result<()> {
     let read = make_bitflags!(AccessFs::{ReadFile | ReadDir});
     let change = read | AccessFs::WriteFile;
-    let keep = change | AccessFs::MakeReg | AccessFs::RemoveFile;
-    let error = |e| io::Error::other(format!("landlock: {e}"));
-    let ruleset = Ruleset::default().handle_access(AccessFs::from_all(ABI::V1));
-    let mut ruleset = ruleset.and_then(Ruleset::create).map_err(error)?;
-    let paths: [(&Path, BitFlags<AccessFs>); 4] = [
-        // Rights over directories are refused for a plain file.
-        (
-            tun::DEVICE.as_ref(),
-            AccessFs::ReadFile | AccessFs::WriteFile,
-        ),
-        ("/proc/sys/net".as_ref(), change),
-        ("/proc".as_ref(), read),
-        (&config.state, keep),
-    ];
-    for (path, access) in paths {
-        let beneath = PathFd::new(path).map_err(io::Error::other)?;
-        let rule = PathBeneath::new(beneath, access);
-        ruleset = ruleset.add_rule(rule).map_err(error)?;
-    }
-    let status = ruleset.restrict_self().map_err(error)?.ruleset;
-    if status == RulesetStatus::NotEnforced {
+    let confined = || {
+        Ruleset::default()
+            .handle_access(AccessFs::from_all(ABI::V1))?
+            .create()?
+            .add_rules(path_beneath_rules(["/proc"], read))?
+            .add_rules(path_beneath_rules([tun::DEVICE, "/proc/sys/net"], change))?
+            .add_rules(path_beneath_rules(
+                [&config.state],
+                change | AccessFs::MakeReg,
+            ))?
+            .restrict_self()
+    };
+    let confined = confined().map_err(|e: RulesetError| io::Error::other(e.to_string()))?;
+    if confined.ruleset == RulesetStatus::NotEnforced {
         say!(warning: "this kernel has no Landlock: files are guarded by ownership alone");
     }
     Ok(())

@@ -15,9 +15,9 @@ macro_rules! numbers {
 }
 
 /// Allowed whatever their arguments.
-const PLAIN: [libc::c_long; 35] = numbers![
+const PLAIN: [libc::c_long; 33] = numbers![
     SYS_read SYS_write SYS_writev SYS_close SYS_openat SYS_newfstatat SYS_statx SYS_lseek
-    SYS_fcntl SYS_fsync SYS_rename SYS_unlink SYS_getdents64 SYS_ppoll SYS_poll SYS_accept4
+    SYS_fcntl SYS_fsync SYS_getdents64 SYS_ppoll SYS_poll SYS_accept4
     SYS_sendto SYS_sendmsg SYS_recvmsg SYS_getsockopt SYS_futex SYS_clock_nanosleep
     SYS_clock_gettime SYS_getrandom SYS_mmap SYS_munmap SYS_mremap SYS_madvise SYS_brk
     SYS_sigaltstack SYS_rt_sigprocmask SYS_rt_sigreturn SYS_restart_syscall SYS_exit

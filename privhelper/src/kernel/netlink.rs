@@ -89,11 +89,12 @@ pub(crate) struct Message<'a> {
 }
 
 impl Message<'_> {
-    /// What an error or an acknowledgement says.
+    /// What an error, an acknowledgement or the end of a dump says.
     fn result(&self) -> Option<io::Result<()>> {
+        let last = [libc::NLMSG_ERROR, libc::NLMSG_DONE].contains(&i32::from(self.kind));
         let code = u32_at(self.body, 0).unwrap_or(0).cast_signed();
         let error = (code != 0).then(|| io::Error::from_raw_os_error(-code));
-        (self.kind == libc::NLMSG_ERROR as u16).then(|| error.map_or(Ok(()), Err))
+        last.then(|| error.map_or(Ok(()), Err))
     }
 }
 
@@ -214,65 +215,63 @@ impl Socket {
         }
     }
 
-    /// Sends messages of which the last alone asks for an acknowledgement, and
-    /// waits for that. A message that fails reports itself without being asked.
-    pub(crate) fn run(&mut self, batch: Vec<u8>) -> io::Result<()> {
-        self.transact(batch, &[])
-    }
-
-    /// The same, with what is sent after them and never acknowledged.
-    pub(crate) fn transact(&mut self, mut batch: Vec<u8>, after: &[u8]) -> io::Result<()> {
+    /// Sends messages, waits until the last is acknowledged, and hands out every
+    /// answer. A message that fails reports itself without being asked. `after` is sent
+    /// behind them and never acknowledged. False when tables changed during a dump of them.
+    fn exchange(
+        &mut self,
+        mut batch: Vec<u8>,
+        after: &[u8],
+        mut each: impl FnMut(&[u8]),
+    ) -> io::Result<bool> {
         let mut sizes: Vec<usize> = messages(&batch).map(|m| HEADER + m.body.len()).collect();
         let Some(size) = sizes.pop() else {
-            return Ok(());
+            return Ok(true);
         };
         let flags = batch.len() - size.next_multiple_of(4) + 6;
         batch[flags] |= libc::NLM_F_ACK as u8;
         batch.extend(after);
         let first = self.send(batch)?;
         let last = first.wrapping_add(sizes.len() as u32);
-        let mut all = Ok(());
+        let (mut all, mut whole) = (Ok(()), true);
         loop {
-            for m in messages(self.receive(MsgFlags::empty())?) {
-                let ours = m.seq.wrapping_sub(first) <= last.wrapping_sub(first);
-                let Some(result) = m.result().filter(|_| ours) else {
+            let answers = messages(self.receive(MsgFlags::empty())?);
+            let ours = |m: &Message<'_>| m.seq.wrapping_sub(first) <= last.wrapping_sub(first);
+            for m in answers.filter(ours) {
+                whole &= i32::from(m.flags) & libc::NLM_F_DUMP_INTR == 0;
+                let Some(result) = m.result() else {
+                    each(m.body);
                     continue;
                 };
                 // A refused transaction is reported on its first message alone.
                 let over = m.seq == last || (m.seq == first && result.is_err());
                 all = all.and(result);
                 if over {
-                    return all;
+                    return all.map(|()| whole);
                 }
             }
         }
     }
 
-    /// Sends one request and returns what is read from the bodies of its answers:
-    /// one, or all that a dump has. That is asked for again when the tables changed
-    /// while it was made.
+    /// Has the kernel do what the messages say.
+    pub(crate) fn run(&mut self, batch: Vec<u8>) -> io::Result<()> {
+        self.transact(batch, &[])
+    }
+
+    /// The same, with the message that ends a transaction.
+    pub(crate) fn transact(&mut self, batch: Vec<u8>, end: &[u8]) -> io::Result<()> {
+        self.exchange(batch, end, |_| {}).map(drop)
+    }
+
+    /// Sends one request and returns what is read from the bodies of its answers.
     pub(crate) fn ask<I: IntoIterator>(
         &mut self,
         request: Vec<u8>,
         read: impl Fn(&[u8]) -> I,
     ) -> io::Result<Vec<I::Item>> {
-        let all = |m: Message<'_>| i32::from(m.flags) & libc::NLM_F_DUMP == libc::NLM_F_DUMP;
-        let dump = messages(&request).any(all);
         for _ in 0..8 {
-            let (mut found, mut whole, mut done) = (Vec::new(), true, false);
-            let seq = self.send(request.clone())?;
-            while !done {
-                for m in messages(self.receive(MsgFlags::empty())?).filter(|m| m.seq == seq) {
-                    m.result().unwrap_or(Ok(()))?;
-                    whole &= i32::from(m.flags) & libc::NLM_F_DUMP_INTR == 0;
-                    let last = m.kind == libc::NLMSG_DONE as u16;
-                    done = last || !dump;
-                    if !last {
-                        found.extend(read(m.body));
-                    }
-                }
-            }
-            if whole {
+            let mut found = Vec::new();
+            if self.exchange(request.clone(), &[], |body| found.extend(read(body)))? {
                 return Ok(found);
             }
         }

@@ -1,7 +1,7 @@
 //! What others do to our devices, rules and uplinks: noticed by notification,
 //! confirmed by asking the kernel, then repaired.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::io;
 use std::time::Duration;
 
@@ -84,7 +84,7 @@ impl Server {
             each?.concat()
         };
         let sound = found.iter().filter(|(_, sound)| *sound);
-        let sound: HashSet<u32> = sound.map(|(d, _)| d.index).collect();
+        let sound: BTreeSet<u32> = sound.map(|(d, _)| d.index).collect();
         for slot in std::mem::take(&mut self.doubted) {
             let device = self.pool.get(slot).map(|e| e.device);
             if device.is_some_and(|d| !sound.contains(&d.index)) {

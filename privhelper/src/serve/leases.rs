@@ -45,8 +45,8 @@ impl Server {
                 };
                 self.handle(id, &request);
             }
-            if flags[1] {
-                self.peers.process_gone(id);
+            if let Some(p) = self.peers.all.get_mut(&id) {
+                p.closed |= flags[1] && p.process.is_some();
             }
         }
     }
@@ -57,31 +57,25 @@ impl Server {
         let Some(peer) = self.peers.all.get_mut(&id) else {
             return;
         };
-        let lease = |known| {
-            if known {
-                Status::Ok
-            } else {
-                Status::UnknownLease
-            }
-        };
-        let (status, of) = match r.op {
+        let (ok, unknown) = (Status::Ok, Status::UnknownLease);
+        let (ok, unknown) = (Reply::to(r, ok), Reply::to(r, unknown));
+        let reply = match r.op {
             op if peer.greeted() == (op == Op::Hello) => {
                 peer.closed = true;
-                (Status::OutOfOrder, None)
+                Reply::to(r, Status::OutOfOrder)
             }
             Op::Hello if full => {
                 peer.closed = true;
-                (Status::TwoGateways, None)
+                Reply::to(r, Status::TwoGateways)
             }
             Op::Hello | Op::Describe => {
-                peer.greet();
-                (Status::Ok, Some(Device::new(0)))
+                peer.deadline = None;
+                self.describe(ok, Device::new(0))
             }
             Op::Acquire => return self.acquire(id, r),
             Op::Confirm => {
-                let known = self.pool.confirm(r.slot, r.generation, r.key, id);
-                let entry = self.pool.get(r.slot).filter(|_| known);
-                (lease(known), entry.map(|e| e.device))
+                let found = self.pool.confirm(r.slot, r.generation, r.key, id);
+                found.map_or(unknown, |device| self.describe(ok, device))
             }
             Op::Linger | Op::Release => {
                 let lingers = r.op == Op::Linger && !self.config.linger.is_zero();
@@ -90,11 +84,9 @@ impl Server {
                 if known && !lingers {
                     self.clean(r.slot);
                 }
-                (lease(known), None)
+                if known { ok } else { unknown }
             }
         };
-        let bare = Reply::to(r, status);
-        let reply = of.map_or(bare, |device| self.describe(bare, device));
         self.peers.send(id, &reply, None);
     }
 
@@ -167,7 +159,10 @@ impl Server {
         // A free slot whose device turns out to be lost costs another try.
         for _ in 0..3 {
             let Some(former) = self.pool.find(r.key).map(|e| e.device) else {
-                reply = refused(r, Status::NoCapacity, self.retry_after());
+                // What is being cleaned or made is free in a moment, what is leased may last.
+                let soon = self.pool.counts().cleaning > 0;
+                let wait = if soon { RETRY / 4 } else { 5 * RETRY };
+                reply = refused(r, Status::NoCapacity, wait);
                 break;
             };
             match self.open(former, r, force) {
@@ -190,16 +185,6 @@ impl Server {
         }
         self.peers.send(id, &reply, fd);
         true
-    }
-
-    /// When a slot may be free: growth takes a moment, a lingering lease its time.
-    fn retry_after(&self) -> Duration {
-        if self.pool.counts().cleaning > 0 {
-            return RETRY / 4;
-        }
-        let until = self.pool.next_deadline();
-        let until = until.map(|d| d.saturating_duration_since(Instant::now()));
-        until.map_or(10 * RETRY, |d| d.clamp(RETRY / 4, 10 * RETRY))
     }
 
     /// Attaches, tags the device with the lease, opens the rules: in this order,

@@ -18,19 +18,15 @@ const QUIET: Duration = Duration::from_secs(1);
 pub(super) struct Peer {
     socket: OwnedFd,
     /// Readable when the process is gone, however its socket is kept open.
-    process: Option<OwnedFd>,
+    pub(super) process: Option<OwnedFd>,
     /// By when it must have said hello; none once it has.
-    deadline: Option<Instant>,
+    pub(super) deadline: Option<Instant>,
     pub(super) closed: bool,
 }
 
 impl Peer {
     pub(super) fn greeted(&self) -> bool {
         self.deadline.is_none()
-    }
-
-    pub(super) fn greet(&mut self) {
-        self.deadline = None;
     }
 
     /// The kernel keeps some hundred frames for a peer that reads slowly; one for
@@ -145,13 +141,6 @@ impl Peers {
                 self.complain(&why);
                 None
             }
-        }
-    }
-
-    /// Closes a peer whose process is gone.
-    pub(super) fn process_gone(&mut self, id: Holder) {
-        if let Some(p) = self.all.get_mut(&id) {
-            p.closed |= p.process.is_some();
         }
     }
 
