@@ -69,10 +69,10 @@ macro_rules! config {
 }
 
 config! { |v, env|
-    pool4: Ipv4Net = "pool4", net4;
+    pool4: Ipv4Net = "pool4", |s| net(s, NO4);
     pool6: Ipv6Net = "pool6", |s| pool6(s, env);
-    stream4: Ipv4Net = "stream4", net4;
-    stream6: Ipv6Net = "stream6", |s| if s == "auto" { Ok(last_subnet(pool6, 112)) } else { net6(s) };
+    stream4: Ipv4Net = "stream4", |s| net(s, NO4);
+    stream6: Ipv6Net = "stream6", |s| if s == "auto" { Ok(last_subnet(pool6, 112)) } else { net(s, NO6) };
     /// Devices created before the socket opens.
     slots: u32 = "slots", number;
     /// Devices created at a time when fewer than this are free.
@@ -234,7 +234,7 @@ impl Values {
             let cap = least(1, "lets no flow through: give at least 1");
             Ok(Class {
                 number,
-                allow: self.get(&key("allow"), |s| list(s, net))?,
+                allow: self.get(&key("allow"), |s| list(s, |s| net(s, NO_NET)))?,
                 deny_ports: self.get(&key("deny-ports"), |s| list(s, ports))?,
                 flow_cap: self.get(&key("flow-cap"), cap)?,
             })
@@ -267,33 +267,23 @@ fn list<T>(s: &str, f: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, Str
     words.filter(|w| !w.is_empty()).map(f).collect()
 }
 
+/// What is wrong with a value that is no prefix of its family.
+const NO4: &str = "is not IPv4, a prefix such as 10.0.0.0/8";
+const NO6: &str = "is not IPv6, a prefix such as fd00::/8";
+const NO_NET: &str = "is not a prefix such as 10.0.0.0/8 or fd00::/8";
+
 /// A prefix of at least one bit, with none set beyond its length.
-fn net(s: &str) -> Result<IpNet, String> {
-    let bad = "is not a prefix such as 10.0.0.0/8 or fd00::/8";
-    let net: IpNet = s.parse().map_err(|_| bad)?;
-    let len = net.prefix_len();
+fn net<N: FromStr + Copy + Into<IpNet>>(s: &str, bad: &str) -> Result<N, String> {
+    let given: N = s.parse().map_err(|_| bad)?;
+    let net = given.into();
+    let (len, clean) = (net.prefix_len(), net == net.trunc());
     ensure!(len > 0, "has length 0: it must be 1 at least");
-    let clean = net == net.trunc();
     ensure!(clean, "has bits set beyond its length of {len}");
-    Ok(net)
-}
-
-fn net4(s: &str) -> Result<Ipv4Net, String> {
-    match net(s)? {
-        IpNet::V4(net) => Ok(net),
-        IpNet::V6(_) => Err("is not IPv4".to_owned()),
-    }
-}
-
-fn net6(s: &str) -> Result<Ipv6Net, String> {
-    match net(s)? {
-        IpNet::V6(net) => Ok(net),
-        IpNet::V4(_) => Err("is not IPv6".to_owned()),
-    }
+    Ok(given)
 }
 
 fn pool6(s: &str, env: &Environment) -> Result<Ipv6Net, String> {
-    let net = if s == "auto" { ula(env) } else { net6(s) }?;
+    let net = if s == "auto" { ula(env) } else { net(s, NO6) }?;
     ensure!(net.prefix_len() == 48, "is not a /48");
     Ok(net)
 }

@@ -83,7 +83,7 @@ pub(crate) fn run(config: Arc<Config>, listener: OwnedFd, notify: Notify) -> io:
     let (pool, rules) = adopt(&mut kernel, &uplinks)?;
     confine::files(&config)?;
     let cleaner = Cleaner::start(&config)?;
-    confine::seccomp::apply()?;
+    confine::calls()?;
     confine::prove()?;
     // What was noticed until now is our own doing; whatever else happened shows in a look at all of it.
     links.drain(|_| {});

@@ -18,7 +18,7 @@
 //! interface, a mark or a state is native-endian, as the kernel loads it.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::Kernel;
 use super::netlink::message;
@@ -278,15 +278,15 @@ fn intervals(nets: Vec<IpNet>) -> Vec<(Vec<u8>, bool)> {
         } else {
             out.push((start, false));
         }
-        let next = match net.broadcast() {
+        let next: Option<IpAddr> = match net.broadcast() {
             IpAddr::V4(a) => u32::from(a)
                 .checked_add(1)
-                .map(|n| octets(IpAddr::V4(n.into()))),
+                .map(|n| Ipv4Addr::from(n).into()),
             IpAddr::V6(a) => u128::from(a)
                 .checked_add(1)
-                .map(|n| octets(IpAddr::V6(n.into()))),
+                .map(|n| Ipv6Addr::from(n).into()),
         };
-        out.extend(next.map(|next| (next, true)));
+        out.extend(next.map(|next| (octets(next), true)));
     }
     out
 }
@@ -315,12 +315,9 @@ impl Batch {
     }
 
     fn put(&mut self, op: u16, attrs: &[u8]) {
-        let adds = op != DEL_TABLE && op != DEL_ELEMENT;
-        let flags = if adds {
-            libc::NLM_F_CREATE | libc::NLM_F_APPEND
-        } else {
-            0
-        };
+        let removes = [DEL_TABLE, DEL_ELEMENT].contains(&op);
+        let adds = libc::NLM_F_CREATE | libc::NLM_F_APPEND;
+        let flags = if removes { 0 } else { adds };
         let attrs = [&attrs![TABLE => NAME], attrs].concat();
         let message = message(SUBSYSTEM | op, flags, &INET, &attrs);
         self.bytes.extend(message);

@@ -3,8 +3,7 @@
 //! Order matters: bounding set, user, capabilities, no-new-privileges,
 //! Landlock (before the second thread starts), system calls (on all threads).
 
-pub(crate) mod seccomp;
-
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 
@@ -16,6 +15,11 @@ use landlock::{
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::{prctl, stat};
 use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op,
+    SeccompCondition as Condition, SeccompFilter, SeccompRule,
+};
 
 use crate::config::Config;
 use crate::kernel::{raw, tun};
@@ -58,7 +62,6 @@ pub(crate) fn settle(keep_descriptors: u64) -> io::Result<()> {
 /// Becomes the helper's user with `CAP_NET_ADMIN` and nothing else.
 pub(crate) fn drop_privileges(config: &Config) -> io::Result<()> {
     let keep = CapsHashSet::from([Capability::CAP_NET_ADMIN]);
-    let error = |e: caps::errors::CapsError| io::Error::other(e.to_string());
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).map_err(error)? {
         for cap in caps::all().into_iter().filter(|c| !keep.contains(c)) {
             // Capabilities newer than the running kernel cannot be dropped, nor held.
@@ -104,11 +107,56 @@ pub(crate) fn files(config: &Config) -> io::Result<()> {
             ))?
             .restrict_self()
     };
-    let confined = confined().map_err(|e: RulesetError| io::Error::other(e.to_string()))?;
+    let confined = confined().map_err(error::<RulesetError>)?;
     if confined.ruleset == RulesetStatus::NotEnforced {
         say!(warning: "this kernel has no Landlock: files are guarded by ownership alone");
     }
     Ok(())
+}
+
+macro_rules! numbers {
+    ($($call:ident)*) => { [$(libc::$call),*] };
+}
+
+/// Allowed whatever their arguments.
+const PLAIN: [libc::c_long; 33] = numbers![
+    SYS_read SYS_write SYS_writev SYS_close SYS_openat SYS_newfstatat SYS_statx SYS_lseek
+    SYS_fcntl SYS_fsync SYS_getdents64 SYS_ppoll SYS_poll SYS_accept4
+    SYS_sendto SYS_sendmsg SYS_recvmsg SYS_getsockopt SYS_futex SYS_clock_nanosleep
+    SYS_clock_gettime SYS_getrandom SYS_mmap SYS_munmap SYS_mremap SYS_madvise SYS_brk
+    SYS_sigaltstack SYS_rt_sigprocmask SYS_rt_sigreturn SYS_restart_syscall SYS_exit
+    SYS_exit_group
+];
+
+fn error<E: std::fmt::Display>(e: E) -> io::Error {
+    io::Error::other(e.to_string())
+}
+
+/// `ioctl` by request, `mprotect` without execution.
+fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
+    let when = |argument, op, value| {
+        let condition = Condition::new(argument, Len::Dword, op, value)?;
+        SeccompRule::new(vec![condition])
+    };
+    let ioctls = tun::REQUESTS.map(|request| when(1, Op::Eq, request));
+    let no_exec = when(2, Op::MaskedEq(libc::PROT_EXEC as u64), 0)?;
+    let mut rules = BTreeMap::from(PLAIN.map(|call| (call, Vec::new())));
+    rules.insert(
+        libc::SYS_ioctl,
+        ioctls.into_iter().collect::<Result<_, _>>()?,
+    );
+    rules.insert(libc::SYS_mprotect, vec![no_exec]);
+    Ok(rules)
+}
+
+/// The system calls that remain, on every thread; any other ends the process.
+pub(crate) fn calls() -> io::Result<()> {
+    let arch = std::env::consts::ARCH.try_into().map_err(error)?;
+    let (otherwise, listed) = (SeccompAction::KillProcess, SeccompAction::Allow);
+    let rules = rules().map_err(error)?;
+    let filter = SeccompFilter::new(rules, otherwise, listed, arch).map_err(error)?;
+    let program: BpfProgram = filter.try_into().map_err(error)?;
+    seccompiler::apply_filter_all_threads(&program).map_err(error)
 }
 
 /// Reads back, for every thread, that it holds what it should and no more.
