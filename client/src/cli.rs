@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use rvpn_proto::control::Prefix;
 
+pub(crate) use crate::serve::args::Serve;
 use crate::text::duration;
 
 /// Client of an RVPN gateway, and its operators' tool.
@@ -33,6 +34,8 @@ pub(crate) enum Command {
     Down(Down),
     /// Show what `up` is doing
     Status(Status),
+    /// Serve something of this machine to the world (no root)
+    Serve(Box<Serve>),
     /// Ping a host through a gateway (no root)
     Ping(Ping),
     /// Check everything between here and the other side of the gateway
@@ -42,11 +45,17 @@ pub(crate) enum Command {
     Token(Token),
     /// Invite a device (operators)
     Invite(Invite),
+    /// See, open and close the gateway's ports (operators)
+    #[command(subcommand)]
+    Listener(Listener),
     /// See and end sessions (operators)
     #[command(subcommand)]
     Session(Session),
     /// Show who used how much (operators)
     Usage(Usage),
+    /// Certificates that the gateway gets by itself (operators)
+    #[command(subcommand)]
+    Certificate(Certificate),
     /// One part of `up`; not for people
     #[command(name = "__carry", hide = true)]
     Carry,
@@ -269,6 +278,12 @@ pub(crate) enum Token {
         /// The audience that the gateway expects
         #[arg(long)]
         audience: Option<String>,
+        /// A name that may be served with it, such as app.example.org or '*.x.example.org'
+        #[arg(long = "domain", value_name = "NAME")]
+        domains: Vec<String>,
+        /// A TCP port of the gateway that may be had with it
+        #[arg(long = "tcp-port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+        tcp_ports: Vec<u16>,
     },
     /// Show what a token says, read from a file or standard input
     Inspect {
@@ -326,6 +341,12 @@ pub(crate) struct Invite {
     /// The helper's policy class
     #[arg(long, default_value_t = 0)]
     pub(crate) class: u8,
+    /// A name that the device may serve, such as app.example.org or '*.x.example.org'
+    #[arg(long = "name", value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// A TCP port of the gateway that the device may have
+    #[arg(long = "port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) ports: Vec<u16>,
     /// What the device connects to, HOST or HOST:PORT (default: the gateway's first name)
     #[arg(long, value_name = "HOST")]
     pub(crate) address: Option<String>,
@@ -338,6 +359,43 @@ pub(crate) struct Invite {
     /// Take an invite back
     #[arg(long, value_name = "ID", conflicts_with_all = ["account", "list"])]
     pub(crate) remove: Option<String>,
+}
+
+/// See [`Command::Listener`].
+#[derive(Debug, Subcommand)]
+pub(crate) enum Listener {
+    /// All of them
+    Ls {
+        #[command(flatten)]
+        admin: Admin,
+    },
+    /// Open one now
+    Add(ListenerAdd),
+    /// Close one; whoever came through it stays
+    Rm {
+        #[command(flatten)]
+        admin: Admin,
+        /// PORT or ADDRESS:PORT, as `ls` shows it
+        at: String,
+    },
+}
+
+/// See [`Listener::Add`].
+#[derive(Args, Debug)]
+pub(crate) struct ListenerAdd {
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// PORT (on all addresses) or ADDRESS:PORT
+    pub(crate) at: String,
+    /// What is expected: auto (default), tls or plain
+    #[arg(long, conflicts_with = "name")]
+    pub(crate) mode: Option<String>,
+    /// A served name that all visitors go to, whatever they speak
+    #[arg(long = "for", value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// A network whose connections begin with a PROXY v2 header (may be repeated)
+    #[arg(long, value_name = "NETWORK")]
+    pub(crate) proxy_from: Vec<String>,
 }
 
 /// See [`Command::Session`].
@@ -354,6 +412,23 @@ pub(crate) enum Session {
         admin: Admin,
         /// As `ls` shows it; its beginning is enough when only one begins so
         id: String,
+    },
+}
+
+/// See [`Command::Certificate`].
+#[derive(Debug, Subcommand)]
+pub(crate) enum Certificate {
+    /// All of them, with what went wrong
+    Ls {
+        #[command(flatten)]
+        admin: Admin,
+    },
+    /// Try again now what failed
+    Retry {
+        #[command(flatten)]
+        admin: Admin,
+        /// For which name
+        name: String,
     },
 }
 

@@ -86,7 +86,8 @@ where
         Failure::unavailable(format!("{} does not finish {what} in {PATIENCE:?}", ask.to))
     };
     let tls = tls::handshake(connector, ask.to, tcp).await?;
-    let mut socket = timeout(PATIENCE, upgrade(&ask, tls))
+    let upgraded = upgrade(ask.to, ask.token, control::SUBPROTOCOL, LIMIT, tls);
+    let mut socket = timeout(PATIENCE, upgraded)
         .await
         .map_err(|_| late("the upgrade"))??;
     let welcome = timeout(PATIENCE, greet(&ask, &mut socket))
@@ -108,46 +109,50 @@ where
     Ok((socket, welcome))
 }
 
-async fn upgrade<S>(ask: &Ask<'_>, tls: TlsStream<S>) -> Result<Socket<S>, Denied>
+/// Opens a WebSocket that speaks `protocol`, in messages of `limit` bytes at most.
+pub(crate) async fn upgrade<S>(
+    to: &Address,
+    token: &Hidden,
+    protocol: &'static str,
+    limit: usize,
+    tls: TlsStream<S>,
+) -> Result<Socket<S>, Denied>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let broken =
         |e: &dyn std::fmt::Display| Failure::internal(format!("cannot make the request: {e}"));
-    let url = format!("wss://{}{}", ask.to.authority(), control::PATH);
+    let url = format!("wss://{}{}", to.authority(), control::PATH);
     let mut request = url.into_client_request().map_err(|e| broken(&e))?;
     let mut bearer =
-        HeaderValue::from_str(&format!("Bearer {}", ask.token.0)).map_err(|e| broken(&e))?;
+        HeaderValue::from_str(&format!("Bearer {}", token.0)).map_err(|e| broken(&e))?;
     bearer.set_sensitive(true);
     let agent = HeaderValue::from_str(&program()).map_err(|e| broken(&e))?;
     let headers = request.headers_mut();
     headers.insert(AUTHORIZATION, bearer);
     headers.insert(USER_AGENT, agent);
-    headers.insert(
-        SEC_WEBSOCKET_PROTOCOL,
-        HeaderValue::from_static(control::SUBPROTOCOL),
-    );
+    headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
     let config = WebSocketConfig::default()
         .read_buffer_size(64 * 1024)
         .write_buffer_size(16 * 1024)
         .max_write_buffer_size(1024 * 1024)
-        .max_message_size(Some(LIMIT))
-        .max_frame_size(Some(LIMIT));
+        .max_message_size(Some(limit))
+        .max_frame_size(Some(limit));
     match tokio_tungstenite::client_async_with_config(request, tls, Some(config)).await {
         Ok((socket, _)) => Ok(socket),
-        Err(Error::Http(answer)) => Err(refused(ask.to, &answer)),
+        Err(Error::Http(answer)) => Err(refused(to, protocol, &answer)),
         Err(Error::Io(error)) => {
-            Err(Failure::unavailable(format!("{} ended the connection: {error}", ask.to)).into())
+            Err(Failure::unavailable(format!("{to} ended the connection: {error}")).into())
         }
         Err(error) => {
-            let text = format!("{} does not speak WebSocket as it should: {error}", ask.to);
+            let text = format!("{to} does not speak WebSocket as it should: {error}");
             Err(Failure::new(Kind::Protocol, text).into())
         }
     }
 }
 
 /// A status instead of the upgrade.
-fn refused(to: &Address, answer: &Response<Option<Vec<u8>>>) -> Denied {
+fn refused(to: &Address, protocol: &str, answer: &Response<Option<Vec<u8>>>) -> Denied {
     let status = answer.status();
     let after = answer.headers().get(RETRY_AFTER);
     let after = after
@@ -172,6 +177,13 @@ fn refused(to: &Address, answer: &Response<Option<Vec<u8>>>) -> Denied {
             Kind::Unavailable,
             format!(
                 "{to} has had too many logins from here or of this account: wait and try again"
+            ),
+        ),
+        // An older one knows the path, and not what is asked of it there.
+        StatusCode::BAD_REQUEST if protocol == rvpn_proto::streams::SUBPROTOCOL => (
+            Kind::Protocol,
+            format!(
+                "{to} cannot be served through: its gateway is too old, ask its operator to update it"
             ),
         ),
         status if status.is_server_error() => (

@@ -12,6 +12,7 @@ mod op;
 mod ping;
 mod profile;
 mod reach;
+mod serve;
 mod text;
 mod tls;
 mod up;
@@ -22,6 +23,9 @@ use clap::Parser;
 
 use crate::cli::{Cli, Command};
 use crate::fail::{Failure, Outcome};
+
+/// Threads of `serve`.
+const SERVE_THREADS: usize = 2;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -38,15 +42,31 @@ fn main() -> ExitCode {
             });
         }
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
+    let runtime = match &cli.command {
+        // Its visitors' connections need not share a thread with the gateway's.
+        Command::Serve(_) => tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(SERVE_THREADS)
+            .enable_all()
+            .build(),
+        _ => tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build(),
+    };
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => return report(&Failure::internal(format!("cannot start: {error}"))),
     };
     if let Command::Ping(args) = cli.command {
         return runtime.block_on(ping::run(args));
+    }
+    if let Command::Serve(args) = cli.command {
+        let served = runtime.block_on(serve::run(*args));
+        // What its visitors are doing is over.
+        runtime.shutdown_background();
+        return match served {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(failure) => report(&failure),
+        };
     }
     match runtime.block_on(run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -59,16 +79,18 @@ async fn run(command: Command) -> Outcome {
         Command::Join(args) => join::run(args).await,
         Command::Token(what) => op::token::run(what).await,
         Command::Invite(args) => op::invite::run(args).await,
+        Command::Listener(what) => op::listener::run(what).await,
         Command::Session(what) => op::session::run(what).await,
         Command::Usage(args) => op::session::usage(args).await,
+        Command::Certificate(what) => op::certificate::run(what).await,
         Command::Up(args) => up::run(args).await,
         Command::Down(args) => up::down(args).await,
         Command::Status(args) => up::status(args).await,
         Command::Doctor(args) => doctor::run(args).await,
         Command::Carry => up::carry::run().await,
         Command::Mend => up::mend::run().await,
-        // It has statuses of its own and was taken care of above.
-        Command::Ping(_) => Ok(()),
+        // These have statuses or a runtime of their own, and were taken care of above.
+        Command::Ping(_) | Command::Serve(_) => Ok(()),
     }
 }
 

@@ -1,6 +1,8 @@
 //! What operators ask of their gateway.
 
+pub(crate) mod certificate;
 pub(crate) mod invite;
+pub(crate) mod listener;
 pub(crate) mod session;
 pub(crate) mod token;
 

@@ -21,6 +21,7 @@ pub use self::io::{Counted, Io, Prefixed, Raw};
 use crate::auth::rights::Rights;
 use crate::config::Dialect;
 use crate::cores::CoreId;
+use crate::packer;
 use crate::serve::table::Table;
 
 /// Names a token without being one: a hash of its `jti`, or of the token
@@ -45,8 +46,21 @@ impl fmt::Debug for TokenId {
 pub enum Kind {
     /// `rvpn.packets.1`.
     Native,
+    /// `rvpn.streams.1`.
+    Streams(Arc<Via>),
     /// One of the older clients' dialects, by its path.
     Dialect(Arc<Dialect>),
+}
+
+/// How a client came to us, and its visitors will.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Via {
+    /// The gateway's name, as the client wrote it.
+    pub host: String,
+    /// Its port, likewise.
+    pub port: u16,
+    /// Whether there is TLS, here or at a proxy before us.
+    pub tls: bool,
 }
 
 /// A login that succeeded.
@@ -81,6 +95,9 @@ pub trait Sessions: Send + Sync + 'static {
     /// Takes a connection for its whole life. The 101 is sent; `read_ahead` is
     /// what already arrived behind the upgrade. Must not block.
     fn admit(&self, admission: Admission, io: Io, read_ahead: Bytes);
+
+    /// The same for an older reverse tunnel client, which may have to log in yet.
+    fn tunnel(&self, arrival: packer::Arrival, io: Io, read_ahead: Bytes);
 
     /// Who among them serves what.
     fn table(&self) -> Arc<Table>;

@@ -5,9 +5,15 @@
 //! operator's browser cannot reach it either: foreign hosts and origins are
 //! refused, and no cookie means anything.
 
+mod ancestor;
 mod answer;
+mod certificates;
+mod console;
+mod count;
 mod guard;
 mod handlers;
+mod listeners;
+mod servers;
 pub mod view;
 
 use std::io;
@@ -18,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{delete, get};
+use axum::routing::{delete, get, post};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -110,24 +116,41 @@ pub fn router(desk: Arc<Desk>) -> Router {
             "/revocations/{scope}/{value}",
             delete(handlers::remove_revocation),
         )
+        .route("/certificates", get(certificates::list))
+        .route("/certificates/{name}/retry", post(certificates::retry))
+        .route("/servers", get(servers::list))
+        .route("/servers/{id}", delete(servers::kick))
+        .route("/names", get(servers::names))
+        .route("/listeners", get(listeners::list).post(listeners::add))
+        .route("/listeners/{address}", delete(listeners::remove))
         .route("/keys", get(handlers::keys))
         .route("/keys/{id}", delete(handlers::remove_key));
-    Router::new()
+    let mut all = Router::new()
         .nest("/api/v1", api)
-        .layer(axum::middleware::from_fn_with_state(
-            Arc::clone(&desk),
-            guard::token,
-        ))
-        .route("/livez", get(handlers::live))
-        .route("/readyz", get(handlers::ready))
-        .fallback(handlers::nowhere)
-        .method_not_allowed_fallback(handlers::not_so)
-        .layer(axum::middleware::from_fn_with_state(
-            Arc::clone(&desk),
-            guard::host,
-        ))
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
-        .with_state(desk)
+        .route("/api/servers", get(ancestor::first_servers));
+    for prefix in ancestor::PREFIXES {
+        all = all.nest(prefix, ancestor::routes());
+    }
+    all.layer(axum::middleware::from_fn_with_state(
+        Arc::clone(&desk),
+        guard::token,
+    ))
+    .route("/", get(console::root))
+    .route("/admin", get(console::without_slash))
+    .route("/admin/", get(console::page))
+    .route("/admin/admin.css", get(console::style))
+    .route("/admin/admin.js", get(console::script))
+    .route("/livez", get(handlers::live))
+    .route("/readyz", get(handlers::ready))
+    .fallback(handlers::nowhere)
+    .method_not_allowed_fallback(handlers::not_so)
+    .layer(axum::middleware::from_fn_with_state(
+        Arc::clone(&desk),
+        guard::host,
+    ))
+    .layer(axum::middleware::from_fn(count::requests))
+    .layer(DefaultBodyLimit::max(BODY_LIMIT))
+    .with_state(desk)
 }
 
 /// Where the API is served.
@@ -164,7 +187,7 @@ fn serve(io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: &Rout
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIME)
-            .serve_connection(TokioIo::new(io), service)
+            .serve_connection(TokioIo::new(count::Bytes(io)), service)
             .await;
         if let Err(error) = served {
             debug!(%error, "an operator's connection");

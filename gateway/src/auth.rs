@@ -3,7 +3,9 @@
 //! Two policies, never mixed: a path is under the *strict* one (a configured
 //! key or a registered device signs, `exp` and `sub` are required) or under
 //! exactly one `[[legacy]]` block (its own shared secret, `exp` optional). A
-//! token never chooses the policy it is judged by.
+//! token never chooses the policy it is judged by. Older reverse tunnels have
+//! one path for all: there a token that a strict key signed is strict, whatever
+//! else it would be, and only others are compared with the blocks' secrets.
 //!
 //! Everything needed to judge is in memory. The store is asked only when an
 //! invite is redeemed, and a store that fails does not stop those who are known.
@@ -29,7 +31,7 @@ use self::devices::Devices;
 use self::keys::{KeyError, KeyRing};
 use self::live::{Live, Pass};
 use self::rights::Rights;
-use self::token::Accepted;
+use self::token::{Accepted, Tunnel};
 use crate::admit::TokenId;
 use crate::config::{Config, Dialect};
 use crate::store::{DeviceKey, Revocation, Scope, Store, StoreError};
@@ -79,6 +81,8 @@ pub enum Policy<'a> {
     Strict,
     /// This `[[legacy]]` block only.
     Legacy(&'a str),
+    /// Whoever signed it decides, and something to serve must be in it.
+    Tunnel,
     /// Everybody.
     Anonymous,
 }
@@ -98,6 +102,8 @@ pub struct Grant {
     pub class: Class,
     /// What it may serve.
     pub rights: Arc<Rights>,
+    /// How it wants to serve, as far as the login says.
+    pub tunnel: Tunnel,
     /// Turns true when taken back.
     pub revoked: watch::Receiver<bool>,
     /// The place. Dropping it gives it up.
@@ -183,6 +189,10 @@ impl Gate {
                 let ring = self.ring.load_full();
                 ring.legacy(name, token.token(), now())?
             }
+            Policy::Tunnel => {
+                let token = credential.ok_or(Denied::Missing)?;
+                self.tunnel(token).await?
+            }
         };
         if policy == Policy::Strict
             && let Some(only) = dialect.and_then(|d| d.account.as_ref())
@@ -210,20 +220,48 @@ impl Gate {
             expires_at: accepted.expires_at,
             class: accepted.class,
             rights: accepted.rights,
+            tunnel: accepted.tunnel,
             revoked,
             pass,
         })
     }
 
+    /// A token of either policy that is for serving.
+    async fn tunnel(&self, credential: &Credential) -> Result<Accepted, Denied> {
+        let accepted = match self.strict(credential).await {
+            // Signed by nobody of the strict policy. Any other verdict is final:
+            // a token that is strict is not looser elsewhere.
+            Err(why @ (Denied::UnknownKey | Denied::Signature)) => self
+                .ring
+                .load()
+                .any_legacy(credential.token(), now())
+                .map_err(|later| {
+                    if later == Denied::UnknownKey {
+                        why
+                    } else {
+                        later
+                    }
+                })?,
+            judged => judged?,
+        };
+        let serves = !(accepted.rights.names.is_empty() && accepted.rights.ports.is_empty());
+        serves.then_some(accepted).ok_or(Denied::Claims)
+    }
+
     async fn strict(&self, credential: &Credential) -> Result<Accepted, Denied> {
         let ring = self.ring.load_full();
-        match ring.strict(credential.token(), &self.devices, now()) {
+        let mut accepted = match ring.strict(credential.token(), &self.devices, now()) {
             // A key that was added at the issuer since we last asked.
             Err(Denied::UnknownKey) if ring.fetch_missing().await => {
                 ring.strict(credential.token(), &self.devices, now())
             }
             judged => judged,
+        }?;
+        if let Some(domain) = &ring.domain {
+            let rights = (*accepted.rights).clone();
+            accepted.rights = Arc::new(rights.at_home(&accepted.account, domain));
         }
+        Ok(accepted)
     }
 
     /// Whether a subject, or a token of it, was taken back. A resume ticket is

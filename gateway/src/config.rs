@@ -3,12 +3,16 @@
 //! A key that does not exist is an error with the nearest one that does, so
 //! that a slip of the pen never silently means the default.
 
+mod acme;
 pub(crate) mod check;
 mod demo;
+mod front;
+mod log;
 mod nearest;
 mod net;
 mod raw;
 mod secret;
+pub mod serve;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -19,10 +23,12 @@ use std::time::Duration;
 use rvpn_ipc::Class;
 use rvpn_proto::control::Prefix;
 use rvpn_proto::dialect::{Dialect as Variant, Padding};
-use rvpn_proto::name::Pattern;
+use rvpn_proto::name::{Name, Pattern};
+use rvpn_proto::packer::Profile;
 
 pub use self::net::{Names, Network, host_of};
 pub use self::secret::Secret;
+pub use self::serve::Serve;
 
 /// Everything the operator decides.
 #[derive(Clone, Debug)]
@@ -39,10 +45,18 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// Certificate files; without them one is made and kept in the state directory.
     pub certificate: Option<CertificateFiles>,
+    /// Certificates to be got and renewed by themselves.
+    pub acme: Option<Acme>,
+    /// Certificates of more names.
+    pub certificates: Vec<NamedCertificate>,
+    /// Where visitors go who speak neither TLS nor HTTP.
+    pub front: FrontSettings,
     /// Where operators come in.
     pub admin: AdminAddress,
     /// Host names of the admin listener, beside loopback addresses and `localhost`.
     pub admin_names: Vec<String>,
+    /// Host names under which operators come in by the public port too.
+    pub admin_public: Vec<String>,
     /// The helper.
     pub helper: HelperSettings,
     /// Whose tokens are accepted under the strict policy.
@@ -55,6 +69,10 @@ pub struct Config {
     pub page: bool,
     /// The first demonstration's endpoint; none unless asked for.
     pub demo: Option<Demo>,
+    /// Older reverse tunnel clients.
+    pub packer: Packer,
+    /// What clients serve to the world.
+    pub serve: Serve,
     /// Bounds.
     pub limits: Limits,
     /// About sessions.
@@ -96,6 +114,81 @@ pub struct CertificateFiles {
     pub chain: PathBuf,
     /// The key.
     pub key: PathBuf,
+}
+
+/// An authority that signs certificates, and for which names it is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Acme {
+    /// Where the authority's addresses are.
+    pub directory: Arc<str>,
+    /// Whom it may write to, as URLs.
+    pub contact: Vec<String>,
+    /// Whom to believe about the authority's own certificate, PEM.
+    pub ca_file: PathBuf,
+    /// The gateway's own names.
+    pub names: Vec<Name>,
+    /// Whether also names whose TLS is ended here for clients that serve them.
+    pub served: bool,
+    /// How the authority may check that a name leads here.
+    pub challenge: Challenges,
+}
+
+/// Ways of checking a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Challenges {
+    /// Nothing else.
+    Only(ChallengeKind),
+    /// By TLS first, then by HTTP.
+    Both,
+}
+
+impl Challenges {
+    /// In the order in which they are tried.
+    pub fn kinds(self) -> Vec<ChallengeKind> {
+        match self {
+            Challenges::Only(kind) => vec![kind],
+            Challenges::Both => vec![ChallengeKind::TlsAlpn01, ChallengeKind::Http01],
+        }
+    }
+}
+
+/// One way of checking a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChallengeKind {
+    /// By TLS, on the port that serves everything (RFC 8737).
+    TlsAlpn01,
+    /// By HTTP in the clear, which authorities try on port 80 (RFC 8555, 8.3).
+    Http01,
+}
+
+impl ChallengeKind {
+    /// As the standards call it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ChallengeKind::TlsAlpn01 => "tls-alpn-01",
+            ChallengeKind::Http01 => "http-01",
+        }
+    }
+}
+
+/// A certificate for some names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedCertificate {
+    /// Exact or with a wildcard.
+    pub names: Vec<Pattern>,
+    /// Where it is.
+    pub files: CertificateFiles,
+}
+
+/// Who serves visitors that do not say for whom they come.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FrontSettings {
+    /// Those who speak SSH.
+    pub ssh: Option<Name>,
+    /// Those who speak something else.
+    pub other: Option<Name>,
+    /// Those who wait to be spoken to.
+    pub silent: Option<Name>,
 }
 
 /// Where the admin API listens.
@@ -185,6 +278,9 @@ pub struct Legacy {
     pub secret: Secret,
     /// Names that its tokens may speak for.
     pub domains: Vec<Pattern>,
+    /// Which older reverse tunnel client its users have, if that is to be
+    /// known without looking.
+    pub profile: Option<Profile>,
     /// The helper's policy class.
     pub class: Class,
 }
@@ -217,6 +313,15 @@ pub struct Demo {
     pub every: Duration,
     /// How many may listen at once.
     pub clients: usize,
+}
+
+/// How older reverse tunnel clients are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packer {
+    /// Whether they are.
+    pub enabled: bool,
+    /// Which all of them are, where a proxy hides what tells them apart.
+    pub profile: Option<Profile>,
 }
 
 /// Bounds on what others can make us hold or do.
@@ -263,6 +368,34 @@ pub struct Log {
     pub filter: String,
     /// One JSON object a line.
     pub json: bool,
+    /// Where it goes.
+    pub to: LogTo,
+}
+
+/// Where a log goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LogTo {
+    /// Where a service manager collects it.
+    Stderr,
+    /// For a pipe.
+    Stdout,
+    /// Nowhere.
+    Nowhere,
+    /// Into a file that is set aside when it is large.
+    File(LogFile),
+}
+
+/// A file and those before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogFile {
+    /// Its name; those set aside have a time behind it.
+    pub path: PathBuf,
+    /// How large it may become, in bytes.
+    pub rotate: u64,
+    /// How many are kept beside it; all if 0.
+    pub keep: usize,
+    /// How long they are kept; without end if there is none.
+    pub keep_for: Option<Duration>,
 }
 
 /// Why a configuration is not accepted.
@@ -320,6 +453,12 @@ impl Config {
         check::check(raw, base, env).map_err(ConfigError::Invalid)
     }
 
+    /// Whether operators may ask for this host.
+    pub fn is_admin_name(&self, name: &str) -> bool {
+        let mut names = self.admin_names.iter().chain(&self.admin_public);
+        names.any(|n| n == name)
+    }
+
     /// Puts back what cannot change while the process runs, and names it.
     pub fn keep_fixed(&mut self, old: &Config) -> Vec<&'static str> {
         fn keep<T: Clone + PartialEq>(
@@ -336,11 +475,6 @@ impl Config {
         let mut found = Vec::new();
         keep(&mut self.state_dir, &old.state_dir, "state-dir", &mut found);
         keep(&mut self.user, &old.user, "user", &mut found);
-        let addresses = |c: &Config| c.listeners.iter().map(|l| l.address).collect::<Vec<_>>();
-        if addresses(self) != addresses(old) {
-            self.listeners.clone_from(&old.listeners);
-            found.push("listener");
-        }
         keep(&mut self.admin, &old.admin, "admin", &mut found);
         keep(&mut self.helper, &old.helper, "helper", &mut found);
         keep(&mut self.session, &old.session, "session", &mut found);

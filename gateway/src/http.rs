@@ -7,6 +7,7 @@
 pub mod answer;
 pub mod join;
 mod login;
+mod office;
 pub mod request;
 
 use std::convert::Infallible;
@@ -14,18 +15,22 @@ use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use axum::Router;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::header::HeaderMap;
+use hyper::http::request::Parts;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rvpn_proto::control::SUBPROTOCOL;
+use rvpn_proto::name::Name;
+use rvpn_proto::streams;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -34,12 +39,18 @@ use tracing::debug;
 use self::answer::{Answer, Refusal};
 use self::login::Asked;
 use self::request::Target;
+use crate::acme::{Acme, CHALLENGE_PATH};
 use crate::admit::{Admission, Io, Kind, Sessions};
 use crate::auth::Gate;
 use crate::auth::live::Pass;
 use crate::config::Config;
 use crate::demo::{self, Audience, Guest};
+use crate::front::listeners::Listeners;
+use crate::front::ports::Ports;
 use crate::limits::{Failures, Pending, PendingPass, Place, Refusals};
+use crate::packer;
+use crate::serve::proxy;
+use crate::serve::proxy::first::{self, First};
 use crate::serve::table::Table;
 use crate::tls::Tls;
 
@@ -58,12 +69,16 @@ pub struct Front {
     pub gate: Arc<Gate>,
     /// The certificate.
     pub tls: Arc<Tls>,
+    /// Certificates that are got and renewed by themselves.
+    pub acme: Arc<Acme>,
     /// Where those go who are.
     pub sessions: Arc<dyn Sessions>,
     /// Who serves what to the world.
     pub table: Arc<Table>,
     /// Who came for the demonstration.
     pub audience: Audience,
+    /// The operators' API, for a name of theirs on the public port.
+    pub office: OnceLock<Router>,
     /// Strangers.
     pub pending: Arc<Pending>,
     /// Those who failed.
@@ -72,6 +87,8 @@ pub struct Front {
     pub refusals: Refusals,
     /// TLS handshakes at once.
     pub handshakes: Semaphore,
+    /// Where people come in.
+    pub listeners: Listeners,
     stopping: AtomicBool,
 }
 
@@ -84,19 +101,27 @@ impl Front {
         sessions: Arc<dyn Sessions>,
     ) -> Arc<Front> {
         let handshakes = Semaphore::new(config.limits.handshakes);
-        Arc::new(Front {
+        let acme = Acme::new(config.state_dir.clone(), Arc::clone(&tls));
+        let table = sessions.table();
+        table.configure(config.serve.clone());
+        let front = Arc::new(Front {
             config: ArcSwap::new(config),
             gate,
             tls,
-            table: sessions.table(),
+            acme,
+            table,
             sessions,
             audience: Audience::default(),
+            office: OnceLock::new(),
             pending: Arc::default(),
             failures: Failures::new(),
             refusals: Refusals::new(Instant::now()),
             handshakes,
+            listeners: Listeners::default(),
             stopping: AtomicBool::new(false),
-        })
+        });
+        front.table.listen_by(Arc::new(Ports::of(&front)));
+        front
     }
 
     /// The configuration in force.
@@ -106,6 +131,7 @@ impl Front {
 
     /// Puts another in force, for requests from now on.
     pub fn configure(&self, config: Arc<Config>) {
+        self.table.configure(config.serve.clone());
         self.config.store(config);
     }
 
@@ -130,7 +156,7 @@ impl Front {
 }
 
 /// Who connects, as far as is known before a login.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Visitor {
     /// The address behind a proxy that said so by PROXY v2.
     pub peer: SocketAddr,
@@ -138,11 +164,15 @@ pub struct Visitor {
     pub believed: bool,
     /// Which listener it came through.
     pub listener: usize,
+    /// The port it came to.
+    pub port: u16,
+    /// Whom it asked for when TLS ended here, if it did and said so.
+    pub asked: Option<Name>,
 }
 
 impl Visitor {
     /// Whom limits and logs are about.
-    fn address(&self, headers: &HeaderMap) -> IpAddr {
+    pub(crate) fn address(&self, headers: &HeaderMap) -> IpAddr {
         let last = headers.get_all("x-forwarded-for").iter().next_back();
         let forwarded = last
             .filter(|_| self.believed)
@@ -157,18 +187,31 @@ impl Visitor {
 enum Way {
     Session(Box<Admission>),
     Demo(Guest),
+    Tunnel(Box<packer::Arrival>),
 }
 
 /// What a request led to beside its answer.
-type Let = Arc<Mutex<Option<(Way, Pass)>>>;
+type Let = Arc<Mutex<Option<(Way, Option<Pass>)>>>;
 
 /// Serves one connection until it is a session's or closed.
-pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPass) {
-    let limit = front.config().limits.login_time;
+pub async fn serve(front: Arc<Front>, mut io: Io, visitor: Visitor, pass: PendingPass) {
+    let config = front.config();
+    let limit = config.limits.login_time;
+    match first::look(&mut io, &config, &front.table, limit).await {
+        First::Ours(bytes) => io.unread(bytes),
+        First::Theirs(bytes, name) => {
+            io.unread(bytes);
+            return proxy::serve(front, io, visitor, pass, name).await;
+        }
+        First::Late => return say_late(io).await,
+        First::Nothing => return drop(timeout(PARTING, io.shutdown()).await),
+    }
+    drop(config);
     let tls = io.is_tls();
     let let_in: Let = Arc::default();
     let service = service_fn(|request| {
         let (front, let_in) = (Arc::clone(&front), Arc::clone(&let_in));
+        let visitor = visitor.clone();
         let answer: Pin<Box<dyn Future<Output = Result<Answer, Infallible>> + Send>> =
             Box::pin(async move {
                 let answered = respond(&front, request, visitor, tls, &let_in).await;
@@ -190,17 +233,28 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let admitted = let_in.lock().unwrap_or_else(PoisonError::into_inner).take();
     match (served, admitted) {
         (Ok(Ok(())), Some((way, place))) => {
-            drop(pass);
-            io.hold(place);
+            if let Some(place) = place {
+                io.hold(place);
+            }
             match way {
-                Way::Session(admission) => front.sessions.admit(*admission, io, parts.read_buf),
-                Way::Demo(guest) => guest.run(io, parts.read_buf).await,
+                Way::Tunnel(mut arrival) => {
+                    // Who has not logged in yet is still a stranger.
+                    arrival.pending = arrival.login.is_none().then_some(pass);
+                    front.sessions.tunnel(*arrival, io, parts.read_buf);
+                }
+                Way::Session(admission) => {
+                    drop(pass);
+                    front.sessions.admit(*admission, io, parts.read_buf);
+                }
+                Way::Demo(guest) => {
+                    drop(pass);
+                    guest.run(io, parts.read_buf).await;
+                }
             }
         }
         (Ok(Err(error)), _) if error.is_timeout() && !parts.read_buf.is_empty() => {
             // In the middle of a request: the only case that deserves a word.
-            drop(timeout(PARTING, io.write_all(answer::TIMEOUT)).await);
-            drop(timeout(PARTING, io.shutdown()).await);
+            say_late(io).await;
         }
         (served, _) => {
             if let Ok(Err(error)) = served {
@@ -211,8 +265,13 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     }
 }
 
+async fn say_late(mut io: Io) {
+    drop(timeout(PARTING, io.write_all(answer::TIMEOUT)).await);
+    drop(timeout(PARTING, io.shutdown()).await);
+}
+
 async fn respond(
-    front: &Front,
+    front: &Arc<Front>,
     request: Request<Incoming>,
     visitor: Visitor,
     tls: bool,
@@ -220,6 +279,17 @@ async fn respond(
 ) -> Result<Answer, Refusal> {
     let config = front.config();
     let (head, body) = request.into_parts();
+    if office::is_asked(&head, &visitor, tls, &config)
+        && let Some(router) = front.office.get()
+    {
+        request::sizes(&head)?;
+        let place = Place::of(visitor.address(&head.headers));
+        let request = Request::from_parts(head, body);
+        return office::respond(front, router.clone(), request, place).await;
+    }
+    if let Some(text) = challenged(front, &head) {
+        return Ok(answer::plain(text));
+    }
     let host = request::host(&head, &config.names)?;
     request::sizes(&head)?;
     let asked = Asked {
@@ -229,7 +299,14 @@ async fn respond(
         visitor,
     };
     let get = matches!(head.method, Method::GET | Method::HEAD);
-    match Target::of(head.uri.path(), &config) {
+    match Target::of_request(&head, &config) {
+        Target::Tunnel => {
+            let accept = request::upgrade(&head)?;
+            request::origin(&head.headers, &host, tls, &config)?;
+            let led = asked.tunnel(front, &host).await?;
+            *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
+            Ok(answer::switching(&accept, None))
+        }
         Target::Join if head.method == Method::POST => {
             request::origin(&head.headers, &host, tls, &config)?;
             join::respond(front, &head, body, Place::of(asked.address)).await
@@ -237,15 +314,20 @@ async fn respond(
         Target::Packets => {
             let accept = request::upgrade(&head)?;
             request::origin(&head.headers, &host, tls, &config)?;
-            if !request::offers(&head.headers, SUBPROTOCOL) {
+            let (kind, protocol) = if request::offers(&head.headers, SUBPROTOCOL) {
+                (Kind::Native, SUBPROTOCOL)
+            } else if request::offers(&head.headers, streams::SUBPROTOCOL) {
+                let via = host.via(tls || asked.visitor.believed);
+                (Kind::Streams(Arc::new(via)), streams::SUBPROTOCOL)
+            } else {
                 return Err(Refusal::new(
                     StatusCode::BAD_REQUEST,
-                    "the subprotocol rvpn.packets.1 is missing",
+                    "the subprotocol rvpn.packets.1 or rvpn.streams.1 is missing",
                 ));
-            }
-            let led = asked.session(Kind::Native).await?;
+            };
+            let led = asked.session(kind).await?;
             *let_in.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
-            Ok(answer::switching(&accept, Some(SUBPROTOCOL)))
+            Ok(answer::switching(&accept, Some(protocol)))
         }
         Target::Dialect(dialect) => {
             let accept = request::upgrade(&head)?;
@@ -280,6 +362,17 @@ async fn respond(
             "not like this",
         )),
     }
+}
+
+/// What an authority is to find that checks a name here, ours or not. Nobody
+/// else's challenge is answered.
+fn challenged(front: &Front, head: &Parts) -> Option<String> {
+    let path = head.uri.path();
+    if head.method != Method::GET || !path.starts_with(CHALLENGE_PATH) {
+        return None;
+    }
+    let host = request::own_host(head).ok()?;
+    front.acme.answer(&Name::parse(host.name()).ok()?, path)
 }
 
 /// A body that is there at once.

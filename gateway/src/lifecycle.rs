@@ -97,9 +97,7 @@ fn check(path: &Path) -> Result<(), Failure> {
     prepare::log_filter(&config)?;
     let bad = |e: anyhow::Error| Failure::Config(e);
     crate::auth::Gate::prepare(&config).map_err(|e| bad(e.into()))?;
-    if config.certificate.is_some() {
-        crate::tls::Tls::prepare(&config).map_err(|e| bad(e.into()))?;
-    }
+    crate::tls::Tls::check(&config).map_err(|e| bad(e.into()))?;
     println!("{}: the configuration is in order", path.display());
     Ok(())
 }

@@ -27,7 +27,7 @@ use self::shm::Words;
 /// "RVPNmetr", so that nobody takes another file for a table.
 const MAGIC: u64 = 0x7274_656d_4e50_5652;
 /// Changes whenever a word's meaning does.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 /// Words of the header and of every row: one kilobyte.
 const ROW: usize = 128;
 
@@ -41,7 +41,8 @@ const ACCOUNT: usize = 6;
 const SERVICE: usize = ACCOUNT + ACCOUNT_BYTES / 8;
 const COUNTS: usize = SERVICE + SERVICE_BYTES / 8;
 const ACCOUNT_BYTES: usize = 256;
-const SERVICE_BYTES: usize = 64;
+/// The longest name and what stands before it.
+const SERVICE_BYTES: usize = 264;
 /// Words of one direction.
 const SIDE: usize = 3 + DROPS;
 
@@ -77,7 +78,7 @@ pub struct MeterError {
 
 /// No row is free.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("the meter has no free row, more sessions are open than max-clients allows")]
+#[error("the meter has no free row: more is open than limits.max-clients provides for")]
 pub struct Full;
 
 #[derive(Debug)]
@@ -245,12 +246,28 @@ impl Row {
         }
     }
 
-    /// Ends the row. It stays until the store has it.
-    pub fn close(self, totals: &Totals, ended_ms: u64) {
-        self.publish(totals, true);
+    /// Adds payload to what stands there. For rows that several tasks write,
+    /// none of which publishes.
+    pub fn add(&self, outbound: u64, inbound: u64) {
+        let words = self.words();
+        for (n, bytes) in [outbound, inbound].into_iter().enumerate() {
+            if bytes > 0 {
+                words[COUNTS + n * SIDE].fetch_add(bytes, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Ends a row of that kind as it stands.
+    pub fn end(&self, ended_ms: u64) {
         let words = self.words();
         words[ENDED].store(ended_ms, Ordering::Relaxed);
         words[STATE].store(OVER, Ordering::Release);
+    }
+
+    /// Ends the row. It stays until the store has it.
+    pub fn close(self, totals: &Totals, ended_ms: u64) {
+        self.publish(totals, true);
+        self.end(ended_ms);
     }
 
     /// The row as others see it.

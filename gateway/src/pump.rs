@@ -7,7 +7,8 @@
 //!
 //! A client without offload is spared the work of one packet at a time as far
 //! as it is ours: super-packets for it are cut where they lie, and what it
-//! sends in a row is joined to super-packets before it is written.
+//! sends in a row is joined to super-packets before it is written. Datagrams
+//! are joined for every client, since programs send them singly.
 //!
 //! What a packet must be and what is changed in it is [`rvpn_proto`]'s to say.
 
@@ -62,8 +63,7 @@ pub struct Pump {
     limits: Limits,
     /// None while no datagram of the client's is incomplete.
     fragments: Option<Box<FragmentBudget>>,
-    /// None for clients that do it themselves.
-    coalescer: Option<Coalescer>,
+    coalescer: Coalescer,
     queue: Queue,
     begun: Instant,
     counted: Stats,
@@ -77,7 +77,8 @@ impl Pump {
             ..Settings::default()
         };
         let joins = Joins {
-            tcp: agreed.device & TUN_TCP == TUN_TCP,
+            // A client with offload has done that itself.
+            tcp: !agreed.offload && agreed.device & TUN_TCP == TUN_TCP,
             udp: agreed.device & TUN_UDP == TUN_UDP,
         };
         Pump {
@@ -89,7 +90,7 @@ impl Pump {
                 verify: true,
             },
             fragments: None,
-            coalescer: (!agreed.offload).then(|| Coalescer::new(joins)),
+            coalescer: Coalescer::new(joins),
             queue: Queue::new(settings, key),
             begun: Instant::now(),
             counted: Stats::default(),
@@ -114,8 +115,8 @@ impl Pump {
             Ok(parsed) => parsed,
             Err(reason) => return totals.outbound.drop(reason.into(), 1),
         };
-        while let Some(coalescer) = &mut self.coalescer {
-            match coalescer.offer(scratch, packet, &parsed) {
+        loop {
+            match self.coalescer.offer(scratch, packet, &parsed, offload) {
                 Offer::Taken => return,
                 Offer::Flush => self.flush(tun, totals, scratch),
                 Offer::Pass => break,
@@ -132,8 +133,7 @@ impl Pump {
     /// Writes what [`Pump::outbound`] kept. Without it, or with another
     /// `scratch`, packets would be lost.
     pub fn flush(&mut self, tun: &Tun, totals: &mut Totals, scratch: &mut [u8]) {
-        let kept = self.coalescer.as_mut().and_then(|c| c.flush(scratch));
-        if let Some(kept) = kept {
+        if let Some(kept) = self.coalescer.flush(scratch) {
             let packet = &mut scratch[..kept.parsed.len()];
             let side = &mut totals.outbound;
             self.write(packet, &[], &kept.parsed, kept.offload, tun, side);

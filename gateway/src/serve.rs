@@ -5,7 +5,13 @@
 //! names come from signed claims, streams belong to one client and are found by
 //! nobody else.
 
+pub mod account;
+pub mod count;
+pub mod names;
+pub mod proxy;
+pub mod splice;
 pub mod table;
+pub mod visit;
 
 use std::fmt;
 use std::net::SocketAddr;

@@ -26,14 +26,16 @@ use tracing::debug;
 
 use self::begin::Arrival;
 use self::hub::Hub;
-use self::transport::Socket;
+use self::transport::{LIMIT, Socket};
 use crate::admit::{self, Admission, Io, Kind};
 use crate::cores::{CoreId, Cores, Seat};
 use crate::dialects::Older;
 use crate::fd;
 use crate::helper::Helper;
 use crate::meter::Meter;
+use crate::packer;
 use crate::serve::table::Table;
+use crate::streams;
 use crate::ticket::{Holder, TicketKey};
 
 /// What the operator decides about sessions.
@@ -71,6 +73,7 @@ impl Shared {
         tickets: TicketKey,
         settings: Settings,
     ) -> Arc<Shared> {
+        let table = Arc::new(Table::metered(Arc::clone(&meter)));
         Arc::new(Shared {
             hub: Arc::default(),
             cores,
@@ -78,7 +81,7 @@ impl Shared {
             meter,
             tickets,
             settings,
-            table: Arc::default(),
+            table,
             control: Handle::current(),
             spread: AtomicU64::new(0),
         })
@@ -87,6 +90,7 @@ impl Shared {
     async fn begin(self: Arc<Shared>, admission: Admission, socket: Socket, seat: Seat) {
         match admission.kind.clone() {
             Kind::Native => native::greet(self, admission, socket, seat).await,
+            Kind::Streams(via) => streams::greet(self, admission, via, socket, seat).await,
             Kind::Dialect(dialect) => {
                 let lingers = !admission.anonymous;
                 match self.key_of_older(&admission, lingers) {
@@ -152,9 +156,17 @@ impl admit::Sessions for Sessions {
             {
                 debug!(%error, "cannot set a socket's options");
             }
-            let socket = Socket::accept(io, read_ahead).await;
+            let limit = match admission.kind {
+                Kind::Streams(_) => rvpn_proto::streams::MAX_RECEIVED,
+                _ => LIMIT,
+            };
+            let socket = Socket::limited(io, read_ahead, limit).await;
             shared.begin(admission, socket, seat).await;
         });
+    }
+
+    fn tunnel(&self, arrival: packer::Arrival, io: Io, read_ahead: Bytes) {
+        packer::admit(Arc::clone(&self.0), arrival, io, read_ahead);
     }
 
     fn table(&self) -> Arc<Table> {

@@ -55,6 +55,10 @@ pub struct DeviceKey {
     pub expires: Option<u64>,
     /// The helper's policy class.
     pub class: u8,
+    /// Names it may serve to the world.
+    pub names: Vec<String>,
+    /// Ports of the gateway it may have.
+    pub ports: Vec<u16>,
 }
 
 /// A right to register device keys. Its code is not kept, only a hash.
@@ -75,6 +79,10 @@ pub struct Invite {
     pub device_life: Option<u64>,
     /// The helper's policy class of its devices.
     pub class: u8,
+    /// Names it may serve to the world.
+    pub names: Vec<String>,
+    /// Ports of the gateway it may have.
+    pub ports: Vec<u16>,
 }
 
 /// What a revocation is about.

@@ -2,26 +2,40 @@
 //!
 //! With certificate files, or with a certificate that the gateway makes once
 //! and keeps: clients pin its fingerprint, so it must survive everything but
-//! the loss of the state directory.
+//! the loss of the state directory. Other names may have certificates of their
+//! own: from files, put here while the gateway runs, or made for the moment.
+//!
+//! Every certificate has a server configuration of its own, so that a session
+//! begun under one name is never resumed under another.
+
+mod own;
+mod shelf;
 
 use std::fmt;
-use std::fs;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use aws_lc_rs::digest::{SHA256, digest};
 use rustls::ServerConfig;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::NoServerSessionStorage;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::{TLS12, TLS13};
+use rvpn_proto::name::{Name, Pattern};
 
-use crate::config::Config;
+use self::shelf::Shelf;
+use crate::config::{CertificateFiles, Config};
 
-const CERTIFICATE_FILE: &str = "tls.crt";
-const KEY_FILE: &str = "tls.key";
+/// What web servers and clients agree on.
+const HTTP: &[u8] = b"http/1.1";
+/// What a certificate authority asks for when it checks a name (RFC 8737).
+const ACME: &[u8] = b"acme-tls/1";
+/// How long an authority may take to come and look.
+const CHALLENGE_LIFE: Duration = Duration::from_secs(600);
 
 /// SHA-256 of a certificate, as clients pin it.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -72,29 +86,49 @@ pub enum TlsError {
     Make(#[from] rcgen::Error),
 }
 
-/// A certificate that could be put in force.
+/// Certificates that could be put in force.
 pub struct Prepared(Current);
 
 struct Current {
     config: Arc<ServerConfig>,
     fingerprint: Fingerprint,
     own: bool,
+    /// The name that is shown to clients.
+    first: Option<Name>,
+    /// Exact names first, then the longer wildcards.
+    named: Vec<(Pattern, Arc<ServerConfig>)>,
 }
 
-/// The certificate in force, exchanged without disturbing anybody.
+impl Current {
+    fn named(&self, name: &Name) -> Option<Arc<ServerConfig>> {
+        let found = self.named.iter().find(|(p, _)| p.covers(name));
+        found.map(|(_, config)| Arc::clone(config))
+    }
+}
+
+/// The certificates in force, exchanged without disturbing anybody.
 pub struct Tls {
     current: ArcSwap<Current>,
+    shelf: Mutex<Shelf>,
 }
 
 impl Tls {
-    /// Loads the certificate, or makes one.
+    /// Loads the certificates, or makes one.
     pub fn load(config: &Config) -> Result<Tls, TlsError> {
         Ok(Tls {
             current: ArcSwap::from_pointee(current(config)?),
+            shelf: Mutex::default(),
         })
     }
 
-    /// Loads it anew, without putting it in force yet.
+    /// Whether all files are usable, without making anything.
+    pub fn check(config: &Config) -> Result<(), TlsError> {
+        let named = config.certificates.iter().map(|c| &c.files);
+        let mut all = config.certificate.iter().chain(named);
+        all.try_for_each(|files| load(files).map(drop))
+    }
+
+    /// Loads them anew, without putting them in force yet.
     pub fn prepare(config: &Config) -> Result<Prepared, TlsError> {
         current(config).map(Prepared)
     }
@@ -104,99 +138,148 @@ impl Tls {
         self.current.store(Arc::new(prepared.0));
     }
 
-    /// For the next handshake.
-    pub fn config(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.current.load().config)
+    fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What clients see.
+    /// For a handshake with the gateway itself, or with nobody in particular:
+    /// the certificate of the name if there is one, else the gateway's own.
+    pub fn of(&self, name: Option<&Name>) -> Arc<ServerConfig> {
+        let current = self.current.load();
+        name.and_then(|name| self.known(&current, name))
+            .unwrap_or_else(|| Arc::clone(&current.config))
+    }
+
+    /// For a handshake in the place of a client that serves the name: its
+    /// certificate, or one made for the moment, which nobody vouches for.
+    pub fn served(&self, name: &Name) -> Result<Arc<ServerConfig>, TlsError> {
+        let known = self.known(&self.current.load(), name);
+        known.map_or_else(|| self.shelf().made(name), Ok)
+    }
+
+    /// For an authority that checks the name, if a check is under way.
+    pub fn challenged(&self, name: &Name) -> Option<Arc<ServerConfig>> {
+        self.shelf().challenged(name, SystemTime::now())
+    }
+
+    fn known(&self, current: &Current, name: &Name) -> Option<Arc<ServerConfig>> {
+        let put = self.shelf().put(name, SystemTime::now());
+        put.or_else(|| current.named(name))
+    }
+
+    /// Uses a certificate for a name from the next handshake on, until it
+    /// expires. It goes before the ones in files.
+    pub fn put(&self, name: Name, key: Arc<CertifiedKey>, until: SystemTime) {
+        let config = Arc::new(server(key, HTTP));
+        self.shelf().keep(name, config, until);
+    }
+
+    /// Uses it no longer; whether there was one.
+    pub fn remove(&self, name: &Name) -> bool {
+        self.shelf().remove(name)
+    }
+
+    /// When the certificate that was put here for a name expires.
+    pub fn until(&self, name: &Name) -> Option<SystemTime> {
+        self.shelf().until(name)
+    }
+
+    /// Answers an authority's check of a name with this certificate, for as
+    /// long as such checks take at most.
+    pub fn challenge(&self, name: Name, key: Arc<CertifiedKey>) {
+        let config = Arc::new(server(key, ACME));
+        let until = SystemTime::now() + CHALLENGE_LIFE;
+        self.shelf().begin_challenge(name, config, until);
+    }
+
+    /// The check is over.
+    pub fn end_challenge(&self, name: &Name) {
+        self.shelf().end_challenge(name);
+    }
+
+    /// What clients of the gateway see, unless its name has a certificate of its own.
     pub fn fingerprint(&self) -> Fingerprint {
         self.current.load().fingerprint
     }
 
     /// Whether clients must pin it, because nobody else vouches for it.
     pub fn self_signed(&self) -> bool {
-        self.current.load().own
+        let current = self.current.load();
+        let first = current.first.as_ref();
+        let vouched = first.is_some_and(|name| self.known(&current, name).is_some());
+        current.own && !vouched
     }
 }
 
+/// A chain and its key, leaf first, if they go together.
+pub fn certified(
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<Arc<CertifiedKey>, rustls::Error> {
+    CertifiedKey::from_der(chain, key, &provider()).map(Arc::new)
+}
+
+fn provider() -> CryptoProvider {
+    rustls::crypto::aws_lc_rs::default_provider()
+}
+
+/// TLS 1.3 and 1.2, whose suites here all authenticate what they encrypt.
+fn server(key: Arc<CertifiedKey>, protocol: &[u8]) -> ServerConfig {
+    let mut server = ServerConfig::builder_with_provider(Arc::new(provider()))
+        .with_protocol_versions(&[&TLS13, &TLS12])
+        .unwrap_or_else(|error| unreachable!("the provider knows both versions: {error}"))
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
+    server.alpn_protocols = vec![protocol.to_vec()];
+    // Early data can be replayed, and with it a login.
+    server.max_early_data_size = 0;
+    // Nothing is kept for a visitor who may never come again.
+    server.session_storage = Arc::new(NoServerSessionStorage {});
+    server.send_tls13_tickets = 0;
+    server
+}
+
 fn current(config: &Config) -> Result<Current, TlsError> {
-    let (chain_path, key_path, own) = match &config.certificate {
-        Some(files) => (files.chain.clone(), files.key.clone(), false),
-        None => {
-            let (chain, key) = (
-                config.state_dir.join(CERTIFICATE_FILE),
-                config.state_dir.join(KEY_FILE),
-            );
-            if !key.exists() || !chain.exists() {
-                make(config, &chain, &key)?;
-            }
-            (chain, key, true)
-        }
+    let (files, own) = match &config.certificate {
+        Some(files) => (files.clone(), false),
+        None => (own::files(config)?, true),
     };
+    let key = load(&files)?;
+    let leaf = key.cert.first().ok_or_else(|| TlsError::File {
+        path: files.chain.clone(),
+        why: "it has no certificate".to_owned(),
+    })?;
+    let fingerprint = Fingerprint::of(leaf);
+    let mut named = Vec::new();
+    for certificate in &config.certificates {
+        let config = Arc::new(server(load(&certificate.files)?, HTTP));
+        let each = certificate.names.iter().cloned();
+        named.extend(each.map(|pattern| (pattern, Arc::clone(&config))));
+    }
+    named.sort_by_key(|(p, _)| (p.is_wildcard(), usize::MAX - p.name().as_str().len()));
+    Ok(Current {
+        config: Arc::new(server(key, HTTP)),
+        fingerprint,
+        own,
+        first: config.names.first().and_then(|n| Name::parse(n).ok()),
+        named,
+    })
+}
+
+fn load(files: &CertificateFiles) -> Result<Arc<CertifiedKey>, TlsError> {
     let file = |path: &Path, why: &dyn fmt::Display| TlsError::File {
         path: path.to_owned(),
         why: why.to_string(),
     };
-    let chain = CertificateDer::pem_file_iter(&chain_path)
+    let chain = CertificateDer::pem_file_iter(&files.chain)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|e| file(&chain_path, &e))?;
-    let leaf = chain
-        .first()
-        .ok_or_else(|| file(&chain_path, &"it has no certificate"))?;
-    let fingerprint = Fingerprint::of(leaf);
-    let key = PrivateKeyDer::from_pem_file(&key_path).map_err(|e| file(&key_path, &e))?;
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut server = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&TLS13, &TLS12])
-        .and_then(|b| b.with_no_client_auth().with_single_cert(chain, key))
-        .map_err(|error| TlsError::Pair {
-            path: chain_path,
-            error,
-        })?;
-    server.alpn_protocols = vec![b"http/1.1".to_vec()];
-    // Early data can be replayed, and with it a login.
-    server.max_early_data_size = 0;
-    Ok(Current {
-        config: Arc::new(server),
-        fingerprint,
-        own,
-    })
-}
-
-fn make(config: &Config, chain: &Path, key: &Path) -> Result<(), TlsError> {
-    let mut names = config.names.all().to_vec();
-    let addresses = config.listeners.iter().map(|l| l.address.ip());
-    names.extend(
-        addresses
-            .filter(|a| !a.is_unspecified())
-            .map(|a| a.to_string()),
-    );
-    if names.is_empty() {
-        names.push("rvpn-gateway".to_owned());
+        .map_err(|e| file(&files.chain, &e))?;
+    if chain.is_empty() {
+        return Err(file(&files.chain, &"it has no certificate"));
     }
-    let made = rcgen::generate_simple_self_signed(names)?;
-    // The key first: a certificate without its key would be kept for good.
-    write_new(key, made.signing_key.serialize_pem().as_bytes(), 0o600)?;
-    write_new(chain, made.cert.pem().as_bytes(), 0o644)
-}
-
-/// Whole or not at all, whatever happens meanwhile.
-fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), TlsError> {
-    let temporary = path.with_extension("new");
-    let write = || {
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(mode)
-            .open(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(|error| TlsError::File {
-        path: path.to_owned(),
-        why: error.to_string(),
+    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| file(&files.key, &e))?;
+    certified(chain, key).map_err(|error| TlsError::Pair {
+        path: files.chain.clone(),
+        error,
     })
 }

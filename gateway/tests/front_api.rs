@@ -12,13 +12,14 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use front_support::Lab;
-use front_support::client::{Reply, ask, login};
+use front_support::client::{Reply, ask, frame, login};
 use front_support::tokens::{Signer, b64, claims};
 use rvpn_gateway::api::view::SessionRow;
 use rvpn_gateway::api::{self, Desk, SessionDirectory};
 use rvpn_gateway::meter::flush::UsageStore;
 use rvpn_gateway::meter::{DropReason, Side, Totals, Usage};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::watch;
 
@@ -37,7 +38,7 @@ impl SessionDirectory for OneSession {
             peer: "192.0.2.1:4000".parse().unwrap(),
             started_ms: 1000,
             addresses: vec!["10.64.0.2".parse().unwrap()],
-            slot: 0,
+            slot: Some(0),
             outbound: (&side).into(),
             inbound: (&Side::default()).into(),
         };
@@ -421,4 +422,100 @@ async fn a_socket_file_needs_no_token() {
     let mut io = UnixStream::connect(&path).await.unwrap();
     let request = "GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n";
     assert_eq!(ask(&mut io, request).await.status, 200);
+}
+
+/// ports come and go while the gateway runs, and each request says how it went.
+#[tokio::test]
+async fn r_16_listeners_are_added_exist_or_cannot_be() {
+    let office = Office::open().await;
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = free.local_addr().unwrap();
+    let ask = format!("{{\"address\": \"{at}\"}}");
+    // Busy: somebody else has it.
+    let (status, problem) = office.call("POST", "/api/v1/listeners", &ask).await;
+    assert_eq!(status, 409, "{problem}");
+    assert!(
+        problem["detail"]
+            .as_str()
+            .unwrap()
+            .contains("another listener or program")
+    );
+    drop(free);
+    let (status, added) = office.call("POST", "/api/v1/listeners", &ask).await;
+    assert_eq!(
+        (status, &added["status"]),
+        (201, &"added".into()),
+        "{added}"
+    );
+    assert_eq!(added["address"], at.to_string());
+    // It serves all that the first one serves.
+    let request = login(&office.lab.ops.good());
+    let mut io = TcpStream::connect(at).await.unwrap();
+    assert_eq!(ask_on(&mut io, &request).await, 101);
+    let (status, exists) = office.call("POST", "/api/v1/listeners", &ask).await;
+    assert_eq!((status, &exists["status"]), (200, &"exists".into()));
+    let other = format!("{{\"address\": \"{at}\", \"for\": \"box.example\"}}");
+    let (status, problem) = office.call("POST", "/api/v1/listeners", &other).await;
+    assert_eq!(status, 409, "{problem}");
+
+    let list = office.get("/api/v1/listeners").await;
+    let rows = list["listeners"].as_array().unwrap();
+    let row = |address: SocketAddr| rows.iter().find(|r| r["address"] == address.to_string());
+    assert_eq!(row(at).unwrap()["origin"], "api");
+    assert_eq!(row(office.lab.at).unwrap()["origin"], "config");
+    assert_eq!(rows.len(), 2);
+
+    // By its port, as by its address. Whoever came through it stays.
+    let path = format!("/api/v1/listeners/{}", at.port());
+    assert_eq!(office.call("DELETE", &path, "").await.0, 204);
+    assert!(TcpStream::connect(at).await.is_err());
+    io.write_all(&frame("wire?")).await.unwrap();
+    assert!(io.read(&mut [0; 64]).await.unwrap() > 2, "still a session");
+    assert_eq!(office.call("DELETE", &path, "").await.0, 404);
+    // The port is free at once.
+    assert_eq!(office.call("POST", "/api/v1/listeners", &ask).await.0, 201);
+    let path = format!("/api/v1/listeners/{at}");
+    assert_eq!(office.call("DELETE", &path, "").await.0, 204);
+
+    for (wrong, status, why) in [
+        ("{}", 400, "either address or port"),
+        ("{\"address\": \"x\"}", 400, "address"),
+        ("{\"port\": 70000}", 400, "70000"),
+        ("{\"port\": 9, \"address\": \"127.0.0.1:9\"}", 400, "either"),
+        ("{\"port\": 9001, \"mode\": \"tsl\"}", 400, "tsl"),
+        ("{\"port\": 9001, \"proxy-from\": [\"x\"]}", 400, "network"),
+        ("{\"port\": 9001, \"for\": \"a b\"}", 400, "no name"),
+        (
+            "{\"address\": \"203.0.113.9:9001\"}",
+            422,
+            "does not have that address",
+        ),
+    ] {
+        let (got, problem) = office.call("POST", "/api/v1/listeners", wrong).await;
+        assert_eq!(got, status, "{wrong} {problem}");
+        assert!(
+            problem["detail"].as_str().unwrap().contains(why),
+            "{problem}"
+        );
+    }
+    assert_eq!(
+        office.call("DELETE", "/api/v1/listeners/x", "").await.0,
+        400
+    );
+    // Where translated connections come from nobody listens, at run time either.
+    office.lab.front.listeners.forbid((16_384, 32_767));
+    let ask = "{\"address\": \"127.0.0.1:20000\"}";
+    let (status, problem) = office.call("POST", "/api/v1/listeners", ask).await;
+    assert_eq!(status, 422);
+    assert!(
+        problem["detail"]
+            .as_str()
+            .unwrap()
+            .contains("16384 to 32767"),
+        "{problem}"
+    );
+}
+
+async fn ask_on(io: &mut TcpStream, request: &str) -> u16 {
+    ask(io, request).await.status
 }

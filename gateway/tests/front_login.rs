@@ -31,6 +31,8 @@ impl Lab {
             expires: now() + 60,
             device_life,
             class: 0,
+            names: Vec::new(),
+            ports: Vec::new(),
         };
         let store = self.front.gate.store();
         store

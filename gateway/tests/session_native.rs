@@ -432,7 +432,7 @@ async fn a_client_that_does_not_read_loses_packets_and_nobody_else_does() {
     let deadline = Instant::now() + PATIENCE;
     let dropped = || {
         let list = lab.shared.list();
-        let view = list.iter().find(|v| v.card.slot == 0).unwrap();
+        let view = list.iter().find(|v| v.card.slot == Some(0)).unwrap();
         view.totals.inbound.drops[DropReason::Overload as usize]
     };
     while dropped() == 0 {

@@ -385,7 +385,7 @@ async fn int_05_every_drop_is_counted_once_under_its_reason() {
         .shared
         .list()
         .iter()
-        .find(|v| v.card.slot == 1)
+        .find(|v| v.card.slot == Some(1))
         .unwrap()
         .card
         .id;

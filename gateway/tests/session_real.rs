@@ -263,7 +263,7 @@ fn a_deleted_device_ends_its_session_with_a_reason() {
         &helper,
         async |gateway| {
             let (mut client, _) = gateway.client(1).await;
-            let slot = gateway.shared.hub.cards()[0].slot;
+            let slot = gateway.shared.hub.cards()[0].slot.unwrap();
             gateway.ask_root(format!("link delete rv{slot}"));
             let (code, reason) = client.close_frame().await;
             assert_eq!((code, reason.as_str()), (1011, "the tunnel device is gone"));

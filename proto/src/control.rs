@@ -12,6 +12,14 @@ mod message;
 mod prefix;
 mod welcome;
 
+/// The bounds that the streams' messages share.
+pub(crate) mod bounds {
+    pub(crate) use super::check::{
+        NAME, TEXT, VERSIONS, check_goodbye as goodbye, check_notice as notice, fault, filled,
+        identifier, list, range, text,
+    };
+}
+
 pub use self::error::{ControlError, What};
 pub use self::message::{
     Counters, ErrorNotice, Goodbye, Hello, Limits, Message, Pair, Quota, Resolve, Resolved, Stats,
@@ -22,7 +30,7 @@ pub use self::welcome::{Policy, Refusal, RouteFault};
 
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// The protocol versions that this code speaks, best first.
 pub const VERSIONS: &[u16] = &[1];
@@ -83,17 +91,8 @@ impl Stage {
 impl Message {
     /// Reads a text message.
     pub fn parse(text: &str, stage: Stage) -> Result<Self, ControlError> {
-        if text.len() > stage.limit() {
-            return Err(ControlError::TooLong {
-                length: text.len(),
-                limit: stage.limit(),
-            });
-        }
-        if depth(text) > MAX_DEPTH {
-            return Err(ControlError::TooDeep);
-        }
-        let envelope: Envelope = read(text)?;
-        let message = match envelope.kind.as_str() {
+        let kind = envelope(text, stage)?;
+        let message = match kind.as_str() {
             "hello" => Self::Hello(read(text)?),
             "welcome" => Self::Welcome(Box::new(read(text)?)),
             "ticket" => Self::Ticket(read(text)?),
@@ -103,11 +102,7 @@ impl Message {
             "resolved" => Self::Resolved(read(text)?),
             "goodbye" => Self::Goodbye(read(text)?),
             "error" => Self::Error(read(text)?),
-            unknown => {
-                return Err(ControlError::Unknown {
-                    kind: error::excerpt(unknown),
-                });
-            }
+            unknown => return Err(ControlError::unknown(unknown)),
         };
         message.check()?;
         Ok(message)
@@ -116,14 +111,7 @@ impl Message {
     /// Writes the message, if the other side would accept it.
     pub fn to_text(&self, stage: Stage) -> Result<String, ControlError> {
         self.check()?;
-        let text = serde_json::to_string(self).map_err(ControlError::malformed)?;
-        if text.len() > stage.limit() {
-            return Err(ControlError::TooLong {
-                length: text.len(),
-                limit: stage.limit(),
-            });
-        }
-        Ok(text)
+        write(self, stage)
     }
 }
 
@@ -143,13 +131,36 @@ struct Envelope {
     kind: String,
 }
 
-fn read<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, ControlError> {
+/// What kind of message a text is, once its length and depth are bounded.
+pub(crate) fn envelope(text: &str, stage: Stage) -> Result<String, ControlError> {
+    fits(text, stage)?;
+    if depth(text) > MAX_DEPTH {
+        return Err(ControlError::TooDeep);
+    }
+    read(text).map(|envelope: Envelope| envelope.kind)
+}
+
+pub(crate) fn read<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, ControlError> {
     serde_json::from_str(text).map_err(ControlError::malformed)
+}
+
+/// The text of a message whose fields were checked.
+pub(crate) fn write(message: &impl Serialize, stage: Stage) -> Result<String, ControlError> {
+    let text = serde_json::to_string(message).map_err(ControlError::malformed)?;
+    fits(&text, stage).map(|()| text)
+}
+
+fn fits(text: &str, stage: Stage) -> Result<(), ControlError> {
+    let (length, limit) = (text.len(), stage.limit());
+    match length > limit {
+        true => Err(ControlError::TooLong { length, limit }),
+        false => Ok(()),
+    }
 }
 
 /// How deep objects and lists are nested, without recursion: an unknown field
 /// may be of any shape, and its reader must not run out of stack.
-fn depth(text: &str) -> usize {
+pub(crate) fn depth(text: &str) -> usize {
     let (mut now, mut most) = (0_usize, 0);
     let (mut quoted, mut escaped) = (false, false);
     for byte in text.bytes() {

@@ -6,7 +6,7 @@
 
 mod packets;
 
-use packets::{LIMITS, V4, V6, both, finish, is_v6, l4, make_partial, outbound, tcp, udp};
+use packets::{LIMITS, V4, V6, finish, is_v6, l4, make_partial, outbound, tcp, udp};
 use rvpn_proto::gso::{Coalescer, Joins, Offer, Segments, finish_checksum, size, size_of, trim};
 use rvpn_proto::packet::grammar::Rng;
 use rvpn_proto::packet::{Parsed, parse};
@@ -188,7 +188,7 @@ fn joined(joins: Joins, packets: &[Vec<u8>]) -> (Vec<Vec<u8>>, usize) {
             offload: true,
             ..LIMITS
         };
-        let judged = validate::outbound(packet, made.offload, &limits, &both());
+        let judged = validate::inbound(packet, made.offload, &limits);
         assert_eq!(judged.unwrap().len(), packet.len());
         let count = size(&made.parsed, made.offload).0;
         assert_eq!(count, u64::from(made.segments));
@@ -198,7 +198,7 @@ fn joined(joins: Joins, packets: &[Vec<u8>]) -> (Vec<Vec<u8>>, usize) {
     for packet in packets {
         let parsed = outbound(packet).unwrap();
         loop {
-            match coalescer.offer(&mut buffer, packet, &parsed) {
+            match coalescer.offer(&mut buffer, packet, &parsed, Offload::NONE) {
                 Offer::Taken => break,
                 Offer::Flush => flush(&mut coalescer, &mut buffer, &mut all),
                 Offer::Pass => {
@@ -327,6 +327,60 @@ fn a_datagram_without_a_checksum_goes_alone_and_gets_none() {
     assert_eq!(joined(ALL, &packets), (packets.clone(), 3));
 }
 
+/// As programs send them, with checksums that their kernel has left undone.
+#[test]
+fn small_datagrams_with_partial_checksums_are_joined() {
+    for v6 in [false, true] {
+        let flow = Flow {
+            v6,
+            udp: true,
+            port: 7,
+        };
+        let finished = stream(flow, 100, 36);
+        let partial = Offload {
+            partial: true,
+            ..Offload::NONE
+        };
+        let mut coalescer = Coalescer::new(ALL);
+        let mut buffer = vec![0; MAX_PACKET];
+        let (mut all, mut writes) = (Vec::new(), Vec::new());
+        for packet in &finished {
+            let mut packet = packet.clone();
+            make_partial(&mut packet);
+            let parsed = parse(&packet).unwrap();
+            if coalescer.offer(&mut buffer, &packet, &parsed, partial) == Offer::Flush {
+                let made = coalescer.flush(&mut buffer).unwrap();
+                let whole = &mut buffer[..made.parsed.len()];
+                writes.push(made.segments);
+                all.extend(segments(whole, &made.parsed, made.offload));
+                let again = coalescer.offer(&mut buffer, &packet, &parsed, partial);
+                assert_eq!(again, Offer::Taken);
+            }
+        }
+        let made = coalescer.flush(&mut buffer).unwrap();
+        let whole = &mut buffer[..made.parsed.len()];
+        writes.push(made.segments);
+        all.extend(segments(whole, &made.parsed, made.offload));
+        assert_eq!(all, finished);
+        // Kernels take 64 at most.
+        assert_eq!(writes, [64, 36]);
+        // One that stays alone still has its checksum to be finished.
+        let mut packet = finished[0].clone();
+        make_partial(&mut packet);
+        let parsed = parse(&packet).unwrap();
+        coalescer.offer(&mut buffer, &packet, &parsed, partial);
+        assert_eq!(coalescer.flush(&mut buffer).unwrap().offload, partial);
+        // What is a super-packet already goes as it is.
+        let offload = Offload {
+            gso_type: gso_type::UDP_L4,
+            gso_size: 12,
+            ..partial
+        };
+        let offer = coalescer.offer(&mut buffer, &packet, &parsed, offload);
+        assert_eq!(offer, Offer::Pass);
+    }
+}
+
 #[test]
 fn a_wrong_checksum_does_not_become_right() {
     for flow in flows() {
@@ -337,7 +391,7 @@ fn a_wrong_checksum_does_not_become_right() {
         let offers = packets.iter().map(|packet| {
             // As after a judgement that leaves checksums alone.
             let parsed = parse(packet).unwrap();
-            coalescer.offer(&mut buffer, packet, &parsed)
+            coalescer.offer(&mut buffer, packet, &parsed, Offload::NONE)
         });
         let offers: Vec<_> = offers.collect();
         assert_eq!(offers[..2], [Offer::Taken, Offer::Flush], "{flow:?}");

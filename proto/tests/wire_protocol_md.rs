@@ -12,6 +12,7 @@ use rvpn_proto::dialect::{
     Body, DEFAULT_PATH, DecodeError, Decoded, Dialect, Hello, Incoming, Lease, POOL_FULL_REASON,
     Padding,
 };
+use rvpn_proto::packer::{self, Decoder, Frame, Piece, Profile, Word};
 use rvpn_proto::record::{
     Fault, HEADER_LEN, MAX_PACKET, MAX_RECEIVED, MAX_SENT, MESSAGE_LIMIT, Offload, ReadError,
     Reader, Record, append, gso_type, header,
@@ -120,6 +121,7 @@ fn every_example_is_known() {
     check_control(&mut examples);
     check_greetings(&mut examples);
     check_dialect_packets(&mut examples);
+    check_packer(&mut examples);
     let left: Vec<_> = examples.0.keys().collect();
     assert!(left.is_empty(), "nothing checks {left:?}");
 }
@@ -343,6 +345,51 @@ fn check_dialect_packets(examples: &mut Examples) {
         DecodeError::Prefix { first: 1 }
     );
     assert_eq!(fault("padded-fault-empty"), DecodeError::Empty);
+}
+
+fn check_packer(examples: &mut Examples) {
+    let frames = [
+        ("data-five", Profile::Go2017, Word::Data("http")),
+        ("data-seven", Profile::Go2020, Word::Data("https")),
+        ("connection", Profile::Node2018, Word::Connection),
+        ("control", Profile::Node2017, Word::Control),
+        ("end-space", Profile::Node2017, Word::End),
+        ("error", Profile::Node2017, Word::Error),
+    ];
+    for (name, profile, word) in frames {
+        let stated = examples.hex(&format!("packer-{name}"));
+        let limits = packer::Limits {
+            data: 1024,
+            word: 1024,
+        };
+        let mut decoder = Decoder::new(limits);
+        let mut rest = &stated[..];
+        let piece = decoder
+            .next(&mut rest)
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
+        let (head, body) = match piece.expect("whole") {
+            Piece::Data { head, bytes, .. } => (head, bytes),
+            Piece::Word { head, body } => (head, body),
+        };
+        assert_eq!((head.word, rest), (word, &[][..]), "{name}");
+        let again = Frame {
+            id: head.id,
+            word,
+            service_port: head.service_port.parse().unwrap_or(0),
+            name: head.name,
+            speaks: head.speaks,
+            body,
+        };
+        let mut written = Vec::new();
+        again.encode(profile, &mut written).expect("it was read");
+        assert_eq!(written, stated, "{name}");
+    }
+    for profile in Profile::ALL {
+        assert!(
+            DOCUMENT.contains(&format!("\n| `{profile}` |")),
+            "{profile}"
+        );
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! "nothing arrived" is said only after a later packet, sent on the same way,
 //! was seen to arrive (a fence).
 
+pub mod acme_server;
 pub mod attack;
 pub mod bulk;
 pub mod capture;
@@ -22,6 +23,7 @@ pub mod read_back;
 pub mod relay;
 pub mod rogue;
 pub mod scene;
+pub mod serving;
 pub mod stage;
 pub mod sums;
 pub mod tcp_watch;

@@ -66,6 +66,29 @@ pub fn base64url(bytes: &[u8]) -> String {
     base64(bytes, b"-_", false)
 }
 
+/// Reads it back; nothing if it is anything else.
+pub fn unbase64url(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let (mut bits, mut held) = (0_u32, 0);
+    for letter in text.bytes() {
+        let six = match letter {
+            b'A'..=b'Z' => letter - b'A',
+            b'a'..=b'z' => letter - b'a' + 26,
+            b'0'..=b'9' => letter - b'0' + 52,
+            b'-' => 62,
+            b'_' => 63,
+            _ => return None,
+        };
+        bits = bits << 6 | u32::from(six);
+        held += 6;
+        if held >= 8 {
+            held -= 8;
+            bytes.push(u8::try_from(bits >> held & 0xff).ok()?);
+        }
+    }
+    Some(bytes)
+}
+
 fn base64(bytes: &[u8], last: &[u8; 2], pad: bool) -> String {
     let mut letters: Vec<u8> = (b'A'..=b'Z')
         .chain(b'a'..=b'z')
@@ -98,5 +121,7 @@ mod tests {
         }
         assert_eq!(base64(&[0xfb, 0xff], b"+/", true), "+/8=");
         assert_eq!(base64url(&[0xfb, 0xff]), "-_8");
+        assert_eq!(unbase64url("-_8"), Some(vec![0xfb, 0xff]));
+        assert_eq!(unbase64url("Zm8="), None);
     }
 }

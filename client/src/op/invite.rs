@@ -5,6 +5,7 @@ use qrcode::QrCode;
 use qrcode::render::unicode::Dense1x2;
 use serde_json::json;
 
+use super::token::served_names;
 use super::{print, segment, text, when};
 use crate::cli::Invite;
 use crate::fail::{Outcome, While as _};
@@ -32,6 +33,12 @@ pub(crate) async fn run(args: Invite) -> Outcome {
     }
     if let Some(address) = &args.address {
         body["address"] = address.as_str().into();
+    }
+    if !args.names.is_empty() {
+        body["names"] = served_names(&args.names)?.into();
+    }
+    if !args.ports.is_empty() {
+        body["ports"] = args.ports.clone().into();
     }
     let made = api(&args.admin, Method::POST, "/api/v1/invites", Some(&body)).await?;
     if args.admin.json {

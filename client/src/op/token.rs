@@ -6,6 +6,7 @@ use std::path::Path;
 use hyper::Method;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use rcgen::{KeyPair, PKCS_ED25519};
+use rvpn_proto::name::Pattern;
 use serde_json::{Value, json};
 
 use super::{print, segment, text, when};
@@ -27,6 +28,8 @@ pub(crate) async fn run(what: Token) -> Outcome {
             jti,
             issuer,
             audience,
+            domains,
+            tcp_ports,
         } => {
             let jti = match jti {
                 Some(jti) => jti,
@@ -42,6 +45,12 @@ pub(crate) async fn run(what: Token) -> Outcome {
                 if let Some(value) = value {
                     claims[name] = value.into();
                 }
+            }
+            if !domains.is_empty() {
+                claims["domains"] = served_names(&domains)?.into();
+            }
+            if !tcp_ports.is_empty() {
+                claims["ports"] = tcp_ports.into();
             }
             println!("{}", sign(&key, kid, &claims)?);
             eprintln!(
@@ -77,6 +86,15 @@ pub(crate) async fn run(what: Token) -> Outcome {
         }
         Token::Revoked { admin } => revoked(&admin).await,
     }
+}
+
+/// In the one form that names have.
+pub(super) fn served_names(names: &[String]) -> Outcome<Vec<String>> {
+    let one = |text: &String| {
+        let wrong = |why| Failure::usage(format!("{text:?} cannot be served: {why}"));
+        Pattern::parse(text).map(|p| p.to_string()).map_err(wrong)
+    };
+    names.iter().map(one).collect()
 }
 
 fn key(out: &Path, name: &str) -> Outcome {

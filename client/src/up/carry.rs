@@ -283,13 +283,13 @@ impl Child {
             match receive(&self.wire).await? {
                 None | Some((Order::Stop, _)) => return Ok(Verdict::Stop),
                 Some((Order::Refuse { why }, _)) => return Ok(Verdict::Refused(why)),
-                Some((Order::Device, Some(fd))) => {
+                Some((Order::Device { datagrams }, Some(fd))) => {
                     let mut key = [0; 16];
                     aws_lc_rs::rand::fill(&mut key).while_doing("get random bytes")?;
                     let (a, b) = key.split_at(8);
                     let half = |h: &[u8]| h.try_into().map(u64::from_ne_bytes).unwrap_or(0);
                     let device = Device::new(fd).while_doing("use the tunnel's device")?;
-                    self.carrier = Some(Carrier::new(device, [half(a), half(b)]));
+                    self.carrier = Some(Carrier::new(device, datagrams, [half(a), half(b)]));
                     return Ok(Verdict::Accepted);
                 }
                 Some((Order::Resume, _)) if self.carrier.is_some() => {
@@ -309,7 +309,7 @@ impl Child {
         let Some(carrier) = &mut self.carrier else {
             return Ok(None);
         };
-        let mut session = Session::new(socket, &mut self.ticket, welcome);
+        let mut session = Session::new(socket, &mut self.ticket, welcome, carrier.datagrams);
         let mut second = interval(Duration::from_secs(1));
         loop {
             tokio::select! {
@@ -347,7 +347,7 @@ async fn stop(wire: &Wire) -> Outcome {
 }
 
 /// Twice as long each time, and never the same for two clients.
-fn backoff(failures: u32) -> Duration {
+pub(crate) fn backoff(failures: u32) -> Duration {
     if failures == 0 {
         return Duration::ZERO;
     }

@@ -9,8 +9,9 @@ use super::fd::{finish_packets, owned};
 use crate::fail::{Outcome, While as _};
 
 /// Makes it. Its packets have virtio headers in any case; without `offload`
-/// the kernel finishes them before it hands them out.
-pub(crate) fn make(name: &str, offload: bool) -> Outcome<OwnedFd> {
+/// the kernel finishes them before it hands them out. The second is whether it
+/// takes several datagrams as one packet.
+pub(crate) fn make(name: &str, offload: bool) -> Outcome<(OwnedFd, bool)> {
     let device = DeviceBuilder::new()
         .name(name)
         .offload(true)
@@ -18,10 +19,11 @@ pub(crate) fn make(name: &str, offload: bool) -> Outcome<OwnedFd> {
         .enable(false)
         .build_sync()
         .while_doing(format_args!("make the device {name}"))?;
+    let datagrams = device.udp_gso();
     let fd = owned(device.into_raw_fd());
     if !offload {
         finish_packets(&fd).while_doing("prepare the device")?;
     }
     fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).while_doing("prepare the device")?;
-    Ok(fd)
+    Ok((fd, datagrams))
 }

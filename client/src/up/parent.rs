@@ -54,7 +54,7 @@ struct Parent {
     local: Vec<Prefix>,
     seen: String,
     journal: Journal,
-    device: Option<(OwnedFd, Terms)>,
+    device: Option<(OwnedFd, bool, Terms)>,
     captured: bool,
     half: Half,
     restarts: u32,
@@ -356,15 +356,17 @@ impl Parent {
         if self
             .device
             .as_ref()
-            .is_none_or(|(_, before)| *before != terms)
+            .is_none_or(|(.., before)| *before != terms)
         {
             self.build(terms, welcome).await?;
         }
-        let order = match self.half.has_device {
-            true => Order::Resume,
-            false => Order::Device,
+        let order = match (self.half.has_device, &self.device) {
+            (false, Some((_, datagrams, _))) => Order::Device {
+                datagrams: *datagrams,
+            },
+            _ => Order::Resume,
         };
-        let device = self.device.as_ref().map(|(fd, _)| fd);
+        let device = self.device.as_ref().map(|(fd, ..)| fd);
         self.tell(&order, device.filter(|_| !self.half.has_device))
             .await?;
         self.half.has_device = true;
@@ -402,12 +404,12 @@ impl Parent {
             self.net.remove(&self.plan.interface).await?;
             self.half.has_device = false;
         }
-        let fd = device::make(&self.plan.interface, terms.offload)?;
+        let (fd, datagrams) = device::make(&self.plan.interface, terms.offload)?;
         self.net
             .attach(&self.plan, terms.mtu, terms.v4, terms.v6)
             .await?;
         self.net.open_up(&self.plan).await?;
-        self.device = Some((fd, terms));
+        self.device = Some((fd, datagrams, terms));
         self.capture().await?;
         let resolvers = plan::resolvers(&self.args, welcome);
         if resolvers.is_empty() && self.plan.only.is_none() && !self.args.no_dns {
@@ -433,7 +435,7 @@ impl Parent {
 
     fn status(&self) -> Value {
         let (outbound, inbound, rtt) = &self.counted;
-        let terms = self.device.as_ref().map(|(_, terms)| terms);
+        let terms = self.device.as_ref().map(|(.., terms)| terms);
         json!({
             "state": self.state,
             "name": self.name,

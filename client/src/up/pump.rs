@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures_util::{Sink, Stream};
 use rvpn_proto::control::{Goodbye, Message as Control, Stage, Welcome, patience};
-use rvpn_proto::gso::{VIRTIO_LEN, VirtioHeader, rebuild, size, trim};
+use rvpn_proto::gso::{Coalescer, Joins, Offer, VIRTIO_LEN, VirtioHeader, rebuild, size, trim};
 use rvpn_proto::packet::{Parsed, Side, parse};
 use rvpn_proto::queue::{Meta, Queue, Settings};
 use rvpn_proto::record::{HEADER_LEN, MESSAGE_LIMIT, Offload, Reader, header};
@@ -24,6 +24,7 @@ use rvpn_proto::validate::{Limits, inbound};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
+use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::{Error, Message};
@@ -33,11 +34,15 @@ use super::wire::Way;
 use crate::link::Socket;
 
 const MAX_READ: usize = VIRTIO_LEN + 65_535;
-/// Work of one turn in one direction.
-const TURN_BYTES: usize = 512 * 1024;
-const TURN_PACKETS: usize = 256;
-/// What is given to the socket at once.
-const FLUSH_BYTES: usize = 64 * 1024;
+/// Taken from the gateway in one turn, and from the device.
+const TURN_BYTES: usize = 256 * 1024;
+const DRAIN_BYTES: usize = 1024 * 1024;
+const DRAIN_PACKETS: usize = 512;
+/// Turns before the clock and the other half have theirs.
+const TURNS: usize = 4;
+/// What is given to the socket in one turn: less than is drained from the
+/// device, so that what is too much waits in the queue and not there.
+const FLUSH_BYTES: usize = 48 * 1024;
 /// No header of a packet that passes is longer.
 const HEAD: usize = 128;
 /// How long a connection has to answer after the network has changed.
@@ -86,6 +91,10 @@ pub(crate) struct Carrier {
     begun: Instant,
     read: Box<[u8]>,
     message: BytesMut,
+    /// Takes several datagrams as one packet.
+    pub(crate) datagrams: bool,
+    /// What is being joined.
+    packet: Box<[u8]>,
     /// What was carried so far.
     pub(crate) outbound: Way,
     /// And the other way.
@@ -96,13 +105,15 @@ pub(crate) struct Carrier {
 
 impl Carrier {
     /// For a device.
-    pub(crate) fn new(device: Device, key: [u64; 2]) -> Carrier {
+    pub(crate) fn new(device: Device, datagrams: bool, key: [u64; 2]) -> Carrier {
         Carrier {
             device,
             queue: Queue::new(Settings::default(), key),
             begun: Instant::now(),
             read: vec![0; MAX_READ].into(),
             message: BytesMut::new(),
+            datagrams,
+            packet: vec![0; MAX_READ].into(),
             outbound: Way::default(),
             inbound: Way::default(),
             rtt: None,
@@ -124,6 +135,8 @@ pub(crate) struct Session<'a> {
     v6: Option<Ipv6Addr>,
     limits: Limits,
     offload: bool,
+    /// Spares the kernel the work of one packet at a time.
+    coalescer: Coalescer,
     keepalive: Duration,
     heard: Instant,
     pinged: Instant,
@@ -142,6 +155,7 @@ impl<'a> Session<'a> {
         socket: &'a mut Socket<TcpStream>,
         ticket: &'a mut Option<String>,
         welcome: &Welcome,
+        datagrams: bool,
     ) -> Session<'a> {
         let now = Instant::now();
         let offload = welcome
@@ -160,6 +174,11 @@ impl<'a> Session<'a> {
                 verify: false,
             },
             offload,
+            coalescer: Coalescer::new(Joins {
+                // With offload they are joined before they get here.
+                tcp: !offload,
+                udp: datagrams,
+            }),
             keepalive: Duration::from_secs(welcome.keepalive_s.into()),
             heard: now,
             pinged: now,
@@ -192,26 +211,46 @@ impl<'a> Session<'a> {
 
     /// Carries packets until the connection ends.
     pub(crate) async fn run(&mut self, carrier: &mut Carrier) -> End {
-        poll_fn(|cx| match self.turn(cx, carrier) {
+        // A turn is bounded here; tokio's own bound would end it in the middle.
+        unconstrained(poll_fn(|cx| match self.turn(cx, carrier) {
             Ok(()) => Poll::Pending,
             Err(end) => Poll::Ready(end),
-        })
+        }))
         .await
     }
 
     fn turn(&mut self, cx: &mut Context<'_>, carrier: &mut Carrier) -> Result<(), End> {
-        let now = Instant::now();
-        let mut more = self.receive(cx, carrier, now)?;
-        more |= self.drain(cx, carrier, now)?;
-        more |= self.send(cx, carrier, now)?;
-        if more {
-            cx.waker().wake_by_ref();
+        let mut now = Instant::now();
+        for turn in 1.. {
+            let mut more = self.receive(cx, carrier, now)?;
+            more |= self.drain(cx, carrier, now)?;
+            more |= self.send(cx, carrier, now)?;
+            if !more {
+                break;
+            }
+            if turn == TURNS {
+                cx.waker().wake_by_ref();
+                break;
+            }
+            now = Instant::now();
         }
         self.watch(cx, now)
     }
 
     /// Gateway to device.
     fn receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        carrier: &mut Carrier,
+        now: Instant,
+    ) -> Result<bool, End> {
+        let more = self.take_in(cx, carrier, now);
+        // Also when the connection ends: what came before the end has come.
+        self.finish(carrier)?;
+        more
+    }
+
+    fn take_in(
         &mut self,
         cx: &mut Context<'_>,
         carrier: &mut Carrier,
@@ -260,54 +299,54 @@ impl<'a> Session<'a> {
                 return Err(End::Lost("the gateway sent a malformed record".to_owned()));
             };
             let (packet, offload) = (record.packet, record.offload);
-            if (offload != Offload::NONE && !self.offload)
-                || !self.write(packet, offload, carrier)?
-            {
+            let judged = self.judge(packet, offload);
+            let Some(parsed) = judged.filter(|_| offload == Offload::NONE || self.offload) else {
                 carrier.inbound.dropped += 1;
+                continue;
+            };
+            loop {
+                match self
+                    .coalescer
+                    .offer(&mut carrier.packet, packet, &parsed, offload)
+                {
+                    Offer::Taken => break,
+                    Offer::Flush => self.finish(carrier)?,
+                    Offer::Pass => {
+                        let mut head = [0; HEAD];
+                        let (first, rest) = packet[..parsed.len()].split_at(parsed.len().min(HEAD));
+                        let head = &mut head[..first.len()];
+                        head.copy_from_slice(first);
+                        let device = &carrier.device;
+                        write(device, head, rest, &parsed, offload, &mut carrier.inbound)?;
+                        break;
+                    }
+                }
             }
         }
         Ok(())
     }
 
+    /// Writes what was joined so far.
+    fn finish(&mut self, carrier: &mut Carrier) -> Result<(), End> {
+        let Some(kept) = self.coalescer.flush(&mut carrier.packet) else {
+            return Ok(());
+        };
+        let packet = &mut carrier.packet[..kept.parsed.len()];
+        let count = &mut carrier.inbound;
+        let device = &carrier.device;
+        write(device, packet, &[], &kept.parsed, kept.offload, count)
+    }
+
     /// A hostile gateway may send anything. Only what is a packet to the
     /// tunnel's own address gets into the device (CLI-09).
-    fn write(&self, packet: &[u8], offload: Offload, carrier: &mut Carrier) -> Result<bool, End> {
-        let Ok(parsed) = inbound(packet, offload, &self.limits) else {
-            return Ok(false);
-        };
+    fn judge(&self, packet: &[u8], offload: Offload) -> Option<Parsed> {
+        let parsed = inbound(packet, offload, &self.limits).ok()?;
         let packet = &packet[..parsed.len()];
-        if !self.is_mine(&parsed, packet, Side::Destination)
-            || self.is_mine(&parsed, packet, Side::Source)
-            || is_next_door(&parsed, packet)
-        {
-            return Ok(false);
-        }
-        let mut head = [0; HEAD];
-        let split = packet.len().min(HEAD);
-        if parsed.header_len() > split {
-            return Ok(false);
-        }
-        head[..split].copy_from_slice(&packet[..split]);
-        let Ok(virtio) = rebuild(&mut head[..split], &parsed, offload) else {
-            return Ok(false);
-        };
-        let virtio = virtio.to_bytes();
-        let parts = [
-            IoSlice::new(&virtio),
-            IoSlice::new(&head[..split]),
-            IoSlice::new(&packet[split..]),
-        ];
-        match carrier.device.fd.get_ref().write_vectored(&parts) {
-            Ok(_) => {
-                let (packets, bytes) = size(&parsed, offload);
-                carrier.inbound.packets += packets;
-                carrier.inbound.payload += bytes;
-                Ok(true)
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => Err(End::Device(error)),
-            // This packet only: the device is down, or the kernel short of memory.
-            Err(_) => Ok(false),
-        }
+        let passes = self.is_mine(&parsed, packet, Side::Destination)
+            && !self.is_mine(&parsed, packet, Side::Source)
+            && !is_next_door(&parsed, packet)
+            && parsed.header_len() <= packet.len().min(HEAD);
+        passes.then_some(parsed)
     }
 
     fn is_mine(&self, parsed: &Parsed, packet: &[u8], side: Side) -> bool {
@@ -326,7 +365,7 @@ impl<'a> Session<'a> {
         now: Instant,
     ) -> Result<bool, End> {
         let mut bytes = 0;
-        for _ in 0..TURN_PACKETS {
+        for _ in 0..DRAIN_PACKETS {
             let n = match carrier.device.poll_read(cx, &mut carrier.read) {
                 Poll::Pending => return Ok(false),
                 Poll::Ready(Err(error)) => return Err(End::Device(error)),
@@ -334,7 +373,7 @@ impl<'a> Session<'a> {
             };
             self.take(n, carrier, now);
             bytes += n;
-            if bytes >= TURN_BYTES {
+            if bytes >= DRAIN_BYTES {
                 break;
             }
         }
@@ -372,33 +411,31 @@ impl<'a> Session<'a> {
         carrier: &mut Carrier,
         now: Instant,
     ) -> Result<bool, End> {
-        let lost = |e: Error| End::Lost(e.to_string());
-        for _ in 0..8 {
-            if self.flushing {
-                if Pin::new(&mut *self.socket)
-                    .poll_flush(cx)
-                    .map_err(lost)?
-                    .is_pending()
-                {
-                    return Ok(false);
-                }
-                self.flushing = false;
-            }
-            let mut fed = 0;
-            while fed < FLUSH_BYTES && self.build(carrier, now) {
-                fed += carrier.message.len();
-                let message = carrier.message.split().freeze();
-                let sent = Message::Binary(message.clone());
-                Pin::new(&mut *self.socket).start_send(sent).map_err(lost)?;
-                // The socket has copied it, so the buffer is ours again.
-                carrier.message = message.try_into_mut().unwrap_or_default();
-                self.flushing = true;
-            }
-            if !self.flushing {
-                return Ok(false);
-            }
+        if self.flushing {
+            return self.flush(cx);
         }
-        Ok(true)
+        let mut fed = 0;
+        while fed < FLUSH_BYTES && self.build(carrier, now) {
+            fed += carrier.message.len();
+            let message = carrier.message.split().freeze();
+            let sent = Message::Binary(message.clone());
+            Pin::new(&mut *self.socket).start_send(sent).map_err(lost)?;
+            // The socket has copied it, so the buffer is ours again.
+            carrier.message = message.try_into_mut().unwrap_or_default();
+            self.flushing = true;
+        }
+        if self.flushing {
+            self.flush(cx)
+        } else {
+            Ok(false)
+        }
+    }
+
+    /// Whether the socket took everything, so that more can follow.
+    fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
+        let flushed = Pin::new(&mut *self.socket).poll_flush(cx).map_err(lost)?;
+        self.flushing = flushed.is_pending();
+        Ok(!self.flushing)
     }
 
     /// Makes the next message of what waits.
@@ -468,6 +505,44 @@ impl<'a> Session<'a> {
         }
         Ok(())
     }
+}
+
+fn lost(error: Error) -> End {
+    End::Lost(error.to_string())
+}
+
+/// One packet to the device, in two parts, of which the first is changed.
+fn write(
+    device: &Device,
+    head: &mut [u8],
+    rest: &[u8],
+    parsed: &Parsed,
+    offload: Offload,
+    count: &mut Way,
+) -> Result<(), End> {
+    let (packets, bytes) = size(parsed, offload);
+    let Ok(virtio) = rebuild(head, parsed, offload) else {
+        count.dropped += packets;
+        return Ok(());
+    };
+    let virtio = virtio.to_bytes();
+    let parts = [
+        IoSlice::new(&virtio),
+        IoSlice::new(head),
+        IoSlice::new(rest),
+    ];
+    match device.fd.get_ref().write_vectored(&parts) {
+        Ok(_) => {
+            count.packets += packets;
+            count.payload += bytes;
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
+            return Err(End::Device(error));
+        }
+        // This packet only: the device is down, or the kernel short of memory.
+        Err(_) => count.dropped += packets,
+    }
+    Ok(())
 }
 
 /// From an address that says "on your own wire", as those do who advertise routes.

@@ -60,7 +60,10 @@ pub(crate) enum Order {
         last: bool,
     },
     /// The device, as the descriptor; what was welcomed is accepted.
-    Device,
+    Device {
+        /// It takes several datagrams as one packet.
+        datagrams: bool,
+    },
     /// Go on with the device you have.
     Resume,
     /// What was welcomed is not accepted; the gateway is to know.

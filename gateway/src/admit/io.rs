@@ -49,6 +49,24 @@ impl Counted {
         self.socket()?.peer_addr()
     }
 
+    /// Reads the first bytes, and makes room for them only when they are there.
+    /// An empty read is an end.
+    pub async fn read_first(&mut self, room: usize) -> io::Result<Vec<u8>> {
+        loop {
+            self.socket()?.readable().await?;
+            let mut bytes = Vec::with_capacity(room);
+            match self.socket()?.try_read_buf(&mut bytes) {
+                Ok(n) => {
+                    self.read += n as u64;
+                    return Ok(bytes);
+                }
+                // It was only thought to be readable.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     fn socket(&self) -> io::Result<&TcpStream> {
         self.tcp
             .as_ref()
@@ -198,6 +216,8 @@ enum Layer {
 /// A connection, encrypted or not. Dropping it closes the socket and gives up
 /// its place among the account's connections.
 pub struct Io {
+    /// Read already, and to be read again.
+    unread: Bytes,
     layer: Layer,
     /// What must live exactly as long as the connection.
     held: Option<Box<dyn Any + Send + Sync>>,
@@ -207,6 +227,7 @@ impl Io {
     /// Without TLS: behind a proxy, or in a test.
     pub fn plain(raw: Raw) -> Io {
         Io {
+            unread: Bytes::new(),
             layer: Layer::Plain(raw),
             held: None,
         }
@@ -215,6 +236,7 @@ impl Io {
     /// After the handshake.
     pub fn tls(stream: TlsStream<Raw>) -> Io {
         Io {
+            unread: Bytes::new(),
             layer: Layer::Tls(Box::new(stream)),
             held: None,
         }
@@ -223,6 +245,25 @@ impl Io {
     /// Whether TLS ends here.
     pub fn is_tls(&self) -> bool {
         matches!(self.layer, Layer::Tls(_))
+    }
+
+    /// Gives bytes back, which are read again before anything else.
+    pub fn unread(&mut self, bytes: Bytes) {
+        debug_assert!(self.unread.is_empty(), "given back once");
+        self.unread = bytes;
+    }
+
+    /// The name that the visitor's TLS was made with.
+    pub fn server_name(&self) -> Option<&str> {
+        match &self.layer {
+            Layer::Plain(_) => None,
+            Layer::Tls(tls) => tls.get_ref().1.server_name(),
+        }
+    }
+
+    /// The port of ours that it came to.
+    pub fn local_port(&self) -> io::Result<u16> {
+        Ok(self.counted().socket()?.local_addr()?.port())
     }
 
     /// Ties the life of `what` to that of the connection.
@@ -282,6 +323,15 @@ impl AsyncRead for Io {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if !self.unread.is_empty() {
+            let n = self.unread.len().min(buf.remaining());
+            buf.put_slice(&self.unread.split_to(n));
+            if self.unread.is_empty() {
+                // Give back the memory: this stream may live for days.
+                self.unread = Bytes::new();
+            }
+            return Poll::Ready(Ok(()));
+        }
         layer!(self, inner => Pin::new(inner).poll_read(cx, buf))
     }
 }

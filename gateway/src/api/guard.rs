@@ -36,7 +36,10 @@ pub(super) async fn host(State(desk): State<Arc<Desk>>, request: Request, next: 
     }
     let foreign = headers.get_all(ORIGIN).iter().any(|origin| {
         let origin = origin.to_str().unwrap_or("");
-        let authority = origin.strip_prefix("http://").unwrap_or("");
+        let bare = origin.strip_prefix("http://");
+        let authority = bare
+            .or_else(|| origin.strip_prefix("https://"))
+            .unwrap_or("");
         Some(authority) != headers.get(HOST).and_then(|h| h.to_str().ok())
     });
     if foreign {
@@ -50,7 +53,7 @@ fn is_ours(name: &str, desk: &Desk) -> bool {
     let bare = name.trim_start_matches('[').trim_end_matches(']');
     name == "localhost"
         || bare.parse::<IpAddr>().is_ok_and(|a| a.is_loopback())
-        || desk.config().admin_names.iter().any(|n| n == name)
+        || desk.config().is_admin_name(name)
 }
 
 /// Asks for the admin token.

@@ -7,20 +7,21 @@ use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::response::IntoResponse;
 use hyper::StatusCode;
+use rvpn_proto::name::Pattern;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Desk;
 use super::answer::{Json, Problem, ok};
 use super::view::{KeySummary, Summary, UsageRow};
-use crate::auth::{base64, now, token};
+use crate::auth::{base64, now, rights, token};
 use crate::config::check::is_name;
 use crate::http::join;
 use crate::store::{DeviceKey, Invite, Revocation, Scope, UsageQuery};
 
-type Answer<T> = Result<Json<T>, Problem>;
+pub(super) type Answer<T> = Result<Json<T>, Problem>;
 type Asked<T> = Result<Query<T>, QueryRejection>;
-type Sent = Result<Bytes, BytesRejection>;
+pub(super) type Sent = Result<Bytes, BytesRejection>;
 
 /// Longest list of the ledger.
 const MOST_ROWS: u32 = 10_000;
@@ -194,6 +195,12 @@ struct InviteAsk {
     /// The helper's policy class.
     #[serde(default)]
     class: u8,
+    /// Names that the device may serve.
+    #[serde(default)]
+    names: Vec<String>,
+    /// TCP ports of the gateway that it may have.
+    #[serde(default)]
+    ports: Vec<u16>,
     /// What clients connect to, `host[:port]`; the first name or address of the
     /// configuration if absent.
     address: Option<String>,
@@ -206,7 +213,7 @@ pub(super) struct Invited {
     invite: Invite,
 }
 
-fn body<T: DeserializeOwned>(sent: Sent) -> Result<T, Problem> {
+pub(super) fn body<T: DeserializeOwned>(sent: Sent) -> Result<T, Problem> {
     let bytes = sent.map_err(|e| Problem::new(e.status(), e.body_text()))?;
     serde_json::from_slice(&bytes).map_err(|e| Problem::bad(e.to_string()))
 }
@@ -226,6 +233,7 @@ pub(super) async fn invite(State(desk): State<Arc<Desk>>, sent: Sent) -> Answer<
             "uses is between 1 and {MOST_USES}, times are between 1 and {LONGEST} seconds"
         )));
     }
+    let (names, ports) = served(&desk, &ask.names, ask.ports)?;
     let authority = match ask.address {
         Some(address) if join::is_authority(&address) => address,
         Some(_) => return Err(Problem::bad("address is not of the form host[:port]")),
@@ -249,6 +257,8 @@ pub(super) async fn invite(State(desk): State<Arc<Desk>>, sent: Sent) -> Answer<
         expires: created + life,
         device_life: ask.device_seconds,
         class: ask.class,
+        names,
+        ports,
     };
     let stored = invite.clone();
     let store = desk.front.gate.store();
@@ -262,6 +272,32 @@ pub(super) async fn invite(State(desk): State<Arc<Desk>>, sent: Sent) -> Answer<
             invite,
         },
     ))
+}
+
+/// What a device may serve, in the one form that names have.
+fn served(
+    desk: &Desk,
+    names: &[String],
+    ports: Vec<u16>,
+) -> Result<(Vec<String>, Vec<u16>), Problem> {
+    if names.len() > rights::MOST || ports.len() > rights::MOST || ports.contains(&0) {
+        return Err(Problem::bad(format!(
+            "at most {} names and ports, and no port 0",
+            rights::MOST
+        )));
+    }
+    let config = desk.config();
+    let one = |text: &String| {
+        let pattern = Pattern::parse(text)
+            .map_err(|why| Problem::bad(format!("names: {text:?} cannot be served: {why}")))?;
+        match config.serve.reserves(&pattern) {
+            true => Err(Problem::bad(format!(
+                "names: {pattern} belongs to the gateway"
+            ))),
+            false => Ok(pattern.to_string()),
+        }
+    };
+    Ok((names.iter().map(one).collect::<Result<_, _>>()?, ports))
 }
 
 /// What clients connect to, as far as the configuration tells.

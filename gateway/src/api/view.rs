@@ -53,8 +53,8 @@ pub struct SessionRow {
     pub started_ms: u64,
     /// Its addresses outside its own view.
     pub addresses: Vec<IpAddr>,
-    /// Its slot of the pool.
-    pub slot: u32,
+    /// Its slot of the pool; without one it holds no addresses.
+    pub slot: Option<u32>,
     /// Client to Internet.
     pub outbound: Counts,
     /// Internet to client.
@@ -117,7 +117,7 @@ impl SessionDirectory for Sessions {
                 service: one.card.service.to_owned(),
                 peer: one.card.peer,
                 started_ms: since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
-                addresses: one.card.addresses.to_vec(),
+                addresses: one.card.addresses,
                 slot: one.card.slot,
                 outbound,
                 inbound,

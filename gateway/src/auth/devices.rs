@@ -7,6 +7,7 @@ use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::signature::{ED25519, ParsedPublicKey};
 use jsonwebtoken::DecodingKey;
 
+use super::rights::Rights;
 use crate::store::DeviceKey;
 
 /// A device whose key is ready for use.
@@ -15,6 +16,8 @@ pub struct Device {
     pub stored: DeviceKey,
     /// Its public key.
     pub key: DecodingKey,
+    /// What it may serve.
+    pub rights: Rights,
 }
 
 /// All of them, by id.
@@ -48,8 +51,15 @@ impl Devices {
     /// Adds one.
     pub fn add(&self, stored: DeviceKey) {
         let key = DecodingKey::from_ed_der(&stored.public);
+        let rights = Rights::stored(&stored.names, &stored.ports);
+        let id = stored.id.clone();
+        let device = Device {
+            stored,
+            key,
+            rights,
+        };
         let mut by_id = self.by_id.write().unwrap_or_else(PoisonError::into_inner);
-        by_id.insert(stored.id.clone(), Arc::new(Device { stored, key }));
+        by_id.insert(id, Arc::new(device));
     }
 
     /// Forgets one.

@@ -13,7 +13,8 @@ use aws_lc_rs::signature::{
 use jsonwebtoken::jwk::{Jwk, JwkSet, KeyAlgorithm, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, DecodingKeyKind, EncodingKey, crypto};
 use rvpn_ipc::Class;
-use rvpn_proto::name::Pattern;
+use rvpn_proto::name::{Name, Pattern};
+use rvpn_proto::packer::Profile;
 
 use super::jwks::Remote;
 use super::token::Verifier;
@@ -62,6 +63,7 @@ pub(super) struct Block {
     pub(super) key: DecodingKey,
     pub(super) class: Class,
     pub(super) names: Vec<Pattern>,
+    pub(super) profile: Option<Profile>,
     secret: config::Secret,
 }
 
@@ -72,6 +74,8 @@ pub struct KeyRing {
     blocks: Vec<Block>,
     secrets: Vec<(Arc<str>, config::Secret)>,
     decoy: DecodingKey,
+    /// Below it every account of the strict policy has a name of its own.
+    pub(super) domain: Option<Name>,
 }
 
 impl KeyRing {
@@ -83,6 +87,7 @@ impl KeyRing {
             blocks: Vec::new(),
             secrets: Vec::new(),
             decoy: decoy()?,
+            domain: config.serve.domain.clone(),
         };
         for key in &config.keys {
             ring.add(key)?;
@@ -94,6 +99,7 @@ impl KeyRing {
                 key: DecodingKey::from_secret(block.secret.bytes()),
                 class: block.class,
                 names: block.domains.clone(),
+                profile: block.profile,
                 secret: block.secret.clone(),
             });
         }
@@ -211,6 +217,12 @@ impl KeyRing {
             any |= remote.fetch().await;
         }
         any
+    }
+
+    /// The blocks whose tokens can be for serving.
+    pub(super) fn tunnel_blocks(&self) -> impl Iterator<Item = &str> {
+        let some = self.blocks.iter().filter(|b| !b.names.is_empty());
+        some.map(|b| &*b.name)
     }
 
     /// Fetches all sets once, so that the first client need not wait for it.

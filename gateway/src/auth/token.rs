@@ -7,6 +7,7 @@ use aws_lc_rs::digest::{Context, SHA256};
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation, decode, decode_header};
 use rvpn_ipc::Class;
+use rvpn_proto::packer::Profile;
 use serde::Deserialize;
 
 use super::devices::Devices;
@@ -22,6 +23,8 @@ pub const LEEWAY: u64 = 5;
 pub const DEVICE_TOKEN_LIFE: u64 = 3600;
 /// Keys that are tried for a token that names none, or a name that several sets use.
 const TRIES: usize = 8;
+/// Secrets of `[[legacy]]` blocks that are tried for a token that names none.
+const BLOCKS: usize = 64;
 /// Claims of some issuers are lists in objects; no more is needed.
 const MAX_DEPTH: usize = 16;
 /// Longest `sub` and `jti`.
@@ -46,6 +49,17 @@ pub struct Accepted {
     pub class: Class,
     /// What it may serve.
     pub rights: Arc<Rights>,
+    /// See [`Tunnel`].
+    pub tunnel: Tunnel,
+}
+
+/// How somebody wants to serve, as far as a login says it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tunnel {
+    /// It cannot do TLS: we are to end it.
+    pub decrypt: bool,
+    /// Which older client it is, whatever its request looks like.
+    pub profile: Option<Profile>,
 }
 
 /// The claims that count. Anything of another type than it should be is
@@ -60,6 +74,7 @@ struct Claims {
     domains: Option<Vec<String>>,
     name: Option<String>,
     ports: Option<Vec<u16>>,
+    decrypt: Option<bool>,
 }
 
 /// A key and what it is good for.
@@ -113,6 +128,7 @@ impl Accepted {
             expires_at: None,
             class,
             rights: Arc::default(),
+            tunnel: Tunnel::default(),
         }
     }
 }
@@ -187,7 +203,24 @@ impl KeyRing {
             expires_at: claims.exp.and_then(|exp| at(exp.saturating_add(LEEWAY))),
             class: block.class,
             rights: Arc::new(rights),
+            tunnel: Tunnel {
+                decrypt: claims.decrypt.unwrap_or(false),
+                profile: block.profile,
+            },
         })
+    }
+
+    /// Judges a token under the policy of the `[[legacy]]` block whose secret
+    /// signed it, of those that have something to serve.
+    pub(super) fn any_legacy(&self, token: &str, now: u64) -> Result<Accepted, Denied> {
+        let mut verdict = Denied::UnknownKey;
+        for name in self.tunnel_blocks().take(BLOCKS) {
+            match self.legacy(name, token, now) {
+                Err(Denied::Signature) => verdict = Denied::Signature,
+                judged => return judged,
+            }
+        }
+        Err(verdict)
     }
 
     /// Takes as long to refuse as a bad signature does, so that the time does
@@ -270,6 +303,10 @@ fn by_key(token: &str, key: &Verifier, now: u64) -> Result<Accepted, Denied> {
         expires_at: at(exp.saturating_add(LEEWAY)),
         class: key.class,
         rights: Arc::new(rights),
+        tunnel: Tunnel {
+            decrypt: claims.decrypt.unwrap_or(false),
+            profile: None,
+        },
     })
 }
 
@@ -307,8 +344,9 @@ fn by_device(
         // up to its registration.
         expires_at: stored.expires.and_then(at),
         class: stored.class,
-        // What a device signs itself gives it no names.
-        rights: Arc::default(),
+        // What a device signs itself gives it no names; its registration does.
+        rights: Arc::new(device.rights.clone()),
+        tunnel: Tunnel::default(),
     })
 }
 

@@ -9,15 +9,17 @@ use std::time::Duration;
 use rvpn_proto::control::{self, Prefix};
 use rvpn_proto::dialect::{Dialect as Variant, Noise, Padding};
 use rvpn_proto::name::Pattern;
+use rvpn_proto::packer::Profile;
 
 use super::raw::{self, Raw};
 use super::{
     AdminAddress, Algorithm, CertificateFiles, Config, Dialect, HelperSettings, Key, KeySource,
-    Legacy, Limits, Listener, Log, Mode, Names, Network, Secret, SessionSettings, demo, host_of,
+    Legacy, Limits, Listener, Mode, Names, Network, Packer, Secret, SessionSettings, acme, demo,
+    front, host_of, log, serve,
 };
 
 /// Where the system keeps the certificates that everybody believes.
-const SYSTEM_CA: &str = "/etc/ssl/certs/ca-certificates.crt";
+pub(super) const SYSTEM_CA: &str = "/etc/ssl/certs/ca-certificates.crt";
 const STATE_DIR: &str = "/var/lib/rvpn";
 const ADMIN: &str = "127.0.0.1:7980";
 const HELPER_USER: &str = "rvpn-helper";
@@ -75,6 +77,7 @@ pub(super) fn check(
         .map(|d| dialect(d, &legacy).map(Arc::new))
         .collect::<Checked<Vec<_>>>()?;
     let demo = demo::check(&raw.demo, &dialects)?;
+    let packer = packer(raw.packer, &legacy)?;
     let allowed_origins = raw
         .allowed_origins
         .into_iter()
@@ -93,33 +96,46 @@ pub(super) fn check(
         )?
         .0,
     };
+    let names = Names::new(raw.names)?;
     let admin = env("RVPN_ADMIN").or(raw.admin.address);
+    let admin_names = Names::new(raw.admin.names)?.all().to_vec();
+    let admin_public = Names::new(raw.admin.public)?.all().to_vec();
+    if let Some(name) = admin_public.iter().find(|n| names.lists(n)) {
+        return Err(format!(
+            "admin: public: \"{name}\" is among names already; operators need a name of their own"
+        ));
+    }
+    let own = names.all().iter().chain(&admin_names).chain(&admin_public);
+    let named: Vec<String> = names.all().iter().chain(&admin_public).cloned().collect();
+    let acme = acme::check(raw.acme, base, &named, raw.tls.is_some())?;
+    let serve = serve::check(raw.serve, raw.name, own)?;
     Ok(Config {
         state_dir: state_dir.unwrap_or_else(|| STATE_DIR.into()),
         user: raw.user.map(|u| user("user", u)).transpose()?,
-        names: Names::new(raw.names)?,
+        names,
         allowed_origins,
         listeners,
         certificate: raw.tls.map(|tls| CertificateFiles {
             chain: base.join(tls.certificate),
             key: base.join(tls.key),
         }),
+        acme,
+        certificates: front::certificates(raw.certificate, base)?,
+        front: front::settings(&raw.front)?,
         admin: admin_address(admin.as_deref().unwrap_or(ADMIN))?,
-        admin_names: Names::new(raw.admin.names)?.all().to_vec(),
+        admin_names,
+        admin_public,
         helper,
         keys,
         legacy,
         dialects,
         page: matches!(raw.page, raw::Switch::On),
         demo,
+        packer,
+        serve,
         limits: limits(&raw.limits)?,
         session: session(raw.session)?,
-        log: Log {
-            filter: env("RVPN_LOG")
-                .or(raw.log.level)
-                .unwrap_or_else(|| "info".to_owned()),
-            json: matches!(raw.log.format, Some(raw::LogFormat::Json)),
-        },
+        log: log::check(raw.log, env("RVPN_LOG"), base)?,
         sandbox: matches!(raw.sandbox, raw::Switch::On),
     })
 }
@@ -311,8 +327,22 @@ fn one_legacy(raw: raw::Legacy, base: &Path) -> Checked<Legacy> {
         name,
         secret,
         domains,
+        profile: raw.profile.map(|p| profile(&p)).transpose()?,
         class: raw.class,
     })
+}
+
+fn packer(raw: raw::Packer, legacy: &[Legacy]) -> Checked<Packer> {
+    let some = legacy.iter().any(|l| !l.domains.is_empty());
+    Ok(Packer {
+        enabled: raw.enabled.unwrap_or(some),
+        profile: raw.profile.map(|p| profile(&p)).transpose()?,
+    })
+}
+
+fn profile(text: &str) -> Checked<Profile> {
+    text.parse()
+        .map_err(|why| format!("profile: \"{text}\" is {why}"))
 }
 
 fn dialect(raw: raw::Dialect, legacy: &[Legacy]) -> Checked<Dialect> {

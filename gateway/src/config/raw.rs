@@ -23,6 +23,11 @@ pub(super) struct Raw {
     #[serde(default)]
     pub(super) listener: Vec<Listener>,
     pub(super) tls: Option<Tls>,
+    pub(super) acme: Option<Acme>,
+    #[serde(default)]
+    pub(super) certificate: Vec<Certificate>,
+    #[serde(default)]
+    pub(super) front: Front,
     #[serde(default)]
     pub(super) admin: Admin,
     #[serde(default)]
@@ -35,6 +40,12 @@ pub(super) struct Raw {
     pub(super) dialect: Vec<Dialect>,
     #[serde(default)]
     pub(super) demo: Demo,
+    #[serde(default)]
+    pub(super) packer: Packer,
+    #[serde(default)]
+    pub(super) serve: Serve,
+    #[serde(default)]
+    pub(super) name: Vec<Name>,
     #[serde(default)]
     pub(super) limits: Limits,
     #[serde(default)]
@@ -67,9 +78,9 @@ pub(super) struct Listener {
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Mode {
     #[default]
+    Auto,
     Tls,
     Plain,
-    Auto,
 }
 
 #[derive(Debug, Deserialize)]
@@ -79,12 +90,70 @@ pub(super) struct Tls {
     pub(super) key: PathBuf,
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Certificate {
+    pub(super) names: Vec<String>,
+    pub(super) chain: PathBuf,
+    pub(super) key: PathBuf,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Front {
+    pub(super) default_service: Option<String>,
+    pub(super) ssh: Option<String>,
+    pub(super) silent: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Acme {
+    pub(super) directory: Option<String>,
+    pub(super) contact: Option<OneOrMany>,
+    pub(super) ca_file: Option<PathBuf>,
+    pub(super) names: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) served: bool,
+    #[serde(default)]
+    pub(super) challenge: Challenge,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    pub(super) fn many(self) -> Vec<String> {
+        match self {
+            OneOrMany::One(one) => vec![one],
+            OneOrMany::Many(many) => many,
+        }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Challenge {
+    #[serde(rename = "tls-alpn-01")]
+    TlsAlpn01,
+    #[serde(rename = "http-01")]
+    Http01,
+    #[default]
+    Both,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct Admin {
     pub(super) address: Option<String>,
     #[serde(default)]
     pub(super) names: Vec<String>,
+    #[serde(default)]
+    pub(super) public: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -125,8 +194,16 @@ pub(super) struct Legacy {
     pub(super) secret_file: Option<PathBuf>,
     #[serde(default)]
     pub(super) domains: Vec<String>,
+    pub(super) profile: Option<String>,
     #[serde(default)]
     pub(super) class: u8,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Packer {
+    pub(super) enabled: Option<bool>,
+    pub(super) profile: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -198,6 +275,37 @@ pub(super) struct Demo {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Serve {
+    pub(super) domain: Option<String>,
+    #[serde(default)]
+    pub(super) reserved: Vec<String>,
+    pub(super) balance: Option<super::serve::Balance>,
+    pub(super) visitors_per_account: Option<usize>,
+    pub(super) idle_seconds: Option<u64>,
+    pub(super) strict_ports: Option<bool>,
+    #[serde(default)]
+    pub(super) dead_time: DeadTime,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct DeadTime {
+    pub(super) dwell: Option<u64>,
+    pub(super) idle: Option<u64>,
+    pub(super) cancel_check: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Name {
+    pub(super) pattern: String,
+    pub(super) http: Option<super::serve::Http>,
+    pub(super) tls: Option<super::serve::Tls>,
+    pub(super) balance: Option<super::serve::Balance>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct Session {
     pub(super) ticket_seconds: Option<u64>,
     #[serde(default)]
@@ -212,6 +320,10 @@ pub(super) struct Session {
 pub(super) struct Log {
     pub(super) level: Option<String>,
     pub(super) format: Option<LogFormat>,
+    pub(super) file: Option<String>,
+    pub(super) rotate_mb: Option<u64>,
+    pub(super) keep: Option<u64>,
+    pub(super) keep_days: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]

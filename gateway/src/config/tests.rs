@@ -17,7 +17,7 @@ fn refused(more: &str) -> String {
 #[test]
 fn the_least_that_is_needed() {
     let config = with("").unwrap();
-    assert_eq!(config.listeners[0].mode, Mode::Tls);
+    assert_eq!(config.listeners[0].mode, Mode::Auto);
     assert_eq!(config.helper.uid, 7);
     assert_eq!(
         config.admin,
@@ -175,4 +175,79 @@ fn what_a_reload_cannot_change_is_kept_and_named() {
     assert_eq!(new.keep_fixed(&old), ["state-dir", "limits.max-clients"]);
     assert_eq!(new.state_dir, old.state_dir);
     assert_eq!(new.listeners[0].mode, Mode::Plain);
+}
+
+#[test]
+fn certificates_and_services_by_name() {
+    let config = with(
+        "[[certificate]]\nnames = [\"App.Example.\", \"*.b.example\"]\nchain = \"c.pem\"\nkey = \"k.pem\"\n\
+         [front]\ndefault-service = \"box.example\"\nsilent = \"mail.example\"\n",
+    )
+    .unwrap();
+    let names: Vec<_> = config.certificates[0]
+        .names
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(names, ["app.example", "*.b.example"]);
+    assert_eq!(
+        config.certificates[0].files.key,
+        Path::new("/etc/rvpn/k.pem")
+    );
+    let text = |name: &Option<Name>| name.as_ref().map(ToString::to_string);
+    let front = &config.front;
+    assert_eq!(text(&front.ssh).as_deref(), Some("box.example"));
+    assert_eq!(text(&front.other).as_deref(), Some("box.example"));
+    assert_eq!(text(&front.silent).as_deref(), Some("mail.example"));
+    let twice =
+        "[[certificate]]\nnames = [\"a.example\", \"A.example\"]\nchain = \"c\"\nkey = \"k\"\n";
+    assert!(refused(twice).contains("a.example\" is there twice"));
+    assert!(
+        refused("[[certificate]]\nnames = []\nchain = \"c\"\nkey = \"k\"\n")
+            .contains("names is empty")
+    );
+    assert!(refused("[front]\nssh = \"a b\"\n").contains("front: ssh \"a b\""));
+}
+
+#[test]
+fn names_have_the_nearest_policy() {
+    let config = with("names = [\"vpn.ex.org\"]\n");
+    assert!(config.is_err(), "a top-level key belongs before the tables");
+    let config = with(
+        "[serve]\ndomain = \"T.ex.org\"\nreserved = [\"*.int.ex.org\"]\nbalance = \"by-source\"\n\
+         [serve.dead-time]\nidle = 5\n\
+         [[name]]\npattern = \"*.a.ex.org\"\nhttp = \"redirect\"\ntls = \"terminate\"\n\
+         [[name]]\npattern = \"x.a.ex.org\"\nhttp = \"acme-only\"\nbalance = \"least-connections\"\n",
+    )
+    .unwrap();
+    let serve = &config.serve;
+    let of = |name: &str| serve.policy(&name.parse().unwrap());
+    assert_eq!(of("x.a.ex.org").http, serve::Http::AcmeOnly);
+    assert_eq!(of("x.a.ex.org").tls, None);
+    assert_eq!(of("y.z.a.ex.org").http, serve::Http::Redirect);
+    assert_eq!(of("y.a.ex.org").tls, Some(serve::Tls::Terminate));
+    assert_eq!(of("a.ex.org"), serve::Policy::default());
+    let balance = |pattern: &str| serve.balance_of(&pattern.parse().unwrap());
+    assert_eq!(balance("x.a.ex.org"), serve::Balance::LeastConnections);
+    assert_eq!(balance("*.a.ex.org"), serve::Balance::BySource);
+    assert_eq!(serve.domain.as_ref().unwrap().as_str(), "t.ex.org");
+    assert_eq!(serve.dead_time.idle.as_secs(), 5);
+    assert_eq!(serve.terminated().count(), 1);
+    for (wrong, what) in [
+        ("[serve]\ndomain = \"org\"\n", "one label"),
+        ("[serve]\ndomain = \"1.2.3.4\"\n", "address"),
+        ("[serve]\nidle-seconds = 0\n", "idle-seconds"),
+        ("[[name]]\npattern = \"*.org\"\n", "*.org"),
+        (
+            "[[name]]\npattern = \"a.ex\"\n[[name]]\npattern = \"A.ex\"\n",
+            "twice",
+        ),
+        (
+            "[[name]]\npattern = \"a.ex\"\nhttp = \"fowrard\"\n",
+            "fowrard",
+        ),
+    ] {
+        let error = refused(wrong);
+        assert!(error.contains(what), "{error}");
+    }
 }

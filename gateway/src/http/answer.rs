@@ -163,6 +163,11 @@ fn text(status: StatusCode, text: &'static str) -> Answer {
     )
 }
 
+/// A text as it is.
+pub(super) fn plain(text: String) -> Answer {
+    whole(StatusCode::OK, "application/octet-stream", text.into())
+}
+
 /// A JSON document.
 pub(super) fn json(status: StatusCode, body: Vec<u8>) -> Answer {
     whole(status, "application/json", body.into())

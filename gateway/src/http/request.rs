@@ -12,6 +12,7 @@ use rvpn_proto::control::PATH;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::answer::Refusal;
+use crate::admit::Via;
 use crate::auth::base64;
 use crate::auth::credential::{MAX_TOKEN, subprotocols};
 use crate::config::{Config, Demo, Dialect, Names, host_of};
@@ -34,6 +35,8 @@ pub enum Target {
     Packets,
     /// An older client's.
     Dialect(Arc<Dialect>),
+    /// Visitors of an older reverse tunnel client.
+    Tunnel,
     /// Registering a device.
     Join,
     /// The demonstration.
@@ -52,6 +55,17 @@ pub enum Target {
 }
 
 impl Target {
+    /// Of a whole request: older reverse tunnel clients have no path of their
+    /// own, and are known by wanting a WebSocket where others want a page.
+    pub fn of_request(head: &Parts, config: &Config) -> Target {
+        let target = Target::of(head.uri.path(), config);
+        let free = matches!(target, Target::Landing | Target::Nothing);
+        match free && config.packer.enabled && is_tunnel(head) {
+            true => Target::Tunnel,
+            false => target,
+        }
+    }
+
     /// Of a path as it was sent: whoever encodes a letter means another path.
     pub fn of(path: &str, config: &Config) -> Target {
         if let Some(dialect) = config.dialects.iter().find(|d| d.path == path) {
@@ -84,8 +98,37 @@ impl Target {
 
 /// The host that the request is for, if it is us.
 pub struct Host {
-    name: String,
-    port: Option<u16>,
+    /// Its name.
+    pub name: String,
+    /// Its port, if it is said.
+    pub port: Option<u16>,
+}
+
+/// Whether an older reverse tunnel client asks.
+fn is_tunnel(head: &Parts) -> bool {
+    let path = head.uri.path();
+    let query = head.uri.query().unwrap_or("");
+    let versions = query.split('&').any(|p| p.starts_with("versions="));
+    let likely = path == "/" || path.ends_with("/ws") || versions;
+    likely && lists(&head.headers, &CONNECTION, "upgrade") && head.headers.contains_key(UPGRADE)
+}
+
+impl Host {
+    /// How the request came, by what it says.
+    pub(super) fn via(&self, tls: bool) -> Via {
+        Via {
+            host: self.name.clone(),
+            port: self.port.unwrap_or(if tls { 443 } else { 80 }),
+            tls,
+        }
+    }
+}
+
+impl Host {
+    /// Without its port.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 /// Whom the request is for. It must say so once, and the same everywhere.

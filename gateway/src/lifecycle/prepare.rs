@@ -15,13 +15,14 @@ use tracing_subscriber::EnvFilter;
 
 use super::{Failure, load};
 use crate::config::{AdminAddress, Config, KeySource};
+use crate::front::listeners::Origin;
 use crate::listener::{self, inherited::Inherited};
 
 /// What is carried over into the locked-in process.
 pub(super) struct Prepared {
     pub(super) path: PathBuf,
     pub(super) config: Config,
-    pub(super) public: Vec<TcpListener>,
+    pub(super) public: Vec<(TcpListener, Origin)>,
     pub(super) admin: Admin,
 }
 
@@ -42,8 +43,8 @@ pub(super) fn prepare(path: &Path) -> Result<Prepared, Failure> {
         .iter()
         .map(|l| {
             match inherited.claim(l.address) {
-                Some(socket) => listener::adopt(&socket).map(|()| socket),
-                None => listener::bind(l.address),
+                Some(socket) => listener::adopt(&socket).map(|()| (socket, Origin::Inherited)),
+                None => listener::bind(l.address).map(|socket| (socket, Origin::Config)),
             }
             .map_err(|error| bind_failure(&l.address.to_string(), error))
         })
@@ -171,9 +172,13 @@ fn lock_in(path: &Path, config: &Config) -> Result<(), Failure> {
     // A reload looks up the users that the configuration names.
     read.extend(["/etc/passwd", "/etc/group"].map(PathBuf::from));
     read.extend(beside(path));
-    if let Some(files) = &config.certificate {
+    let named = config.certificates.iter().map(|c| &c.files);
+    for files in config.certificate.iter().chain(named) {
         read.extend(beside(&files.chain));
         read.extend(beside(&files.key));
+    }
+    if let Some(acme) = &config.acme {
+        read.extend(beside(&acme.ca_file));
     }
     for key in &config.keys {
         match &key.source {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use rvpn_proto::name::Name;
 use sd_notify::NotifyState;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Builder;
@@ -19,16 +20,17 @@ use tracing::{error, info, warn};
 
 use super::Failure;
 use super::prepare::{Admin, Prepared};
+use crate::acme::Wish;
 use crate::admit::Sessions as _;
 use crate::api::{self, Desk};
 use crate::auth::{Gate, OpenError};
-use crate::config::{Config, Listener};
+use crate::config::{Config, Listener, Secret};
 use crate::cores::Cores;
 use crate::helper::{Helper, HelperConfig};
 use crate::http::Front;
-use crate::listener;
 use crate::meter::flush::{Flusher, UsageStore, now_ms};
 use crate::meter::{Meter, Orphan};
+use crate::serve::table::{Ending, What};
 use crate::session::{Sessions, Settings, Shared};
 use crate::store::{Sqlite, Store};
 use crate::ticket::TicketKey;
@@ -40,6 +42,10 @@ const TICKET_FILE: &str = "ticket.key";
 const CONTROL_THREADS: usize = 2;
 /// How long the helper may take to come up beside us.
 const HELPER_WAIT: Duration = Duration::from_secs(10);
+/// Rows of the meter for each client: its connections.
+const ROWS_OF_CLIENT: usize = 4;
+/// And for names that clients serve, whoever they are.
+const ROWS_OF_NAMES: usize = 32_768;
 /// How long connections without a login may go on at a shutdown.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
@@ -77,7 +83,7 @@ async fn serve(
         admin,
     } = prepared;
     let config = Arc::new(config);
-    let shared = start_sessions(&config, &store).await?;
+    let (shared, translated) = start_sessions(&config, &store).await?;
     let sessions = Sessions(Arc::clone(&shared));
     let front = Front::new(
         Arc::clone(&config),
@@ -85,24 +91,30 @@ async fn serve(
         tls,
         Arc::new(sessions.clone()),
     );
-    let (stop_tx, stop) = watch::channel(false);
+    let wish = wish_of(&front);
+    // Before anybody comes who would see another certificate.
+    front.acme.prepare(&wish());
+    front.listeners.forbid(translated);
     let mut tasks = JoinSet::new();
-    for (number, socket) in public.into_iter().enumerate() {
-        let socket = TcpListener::from_std(socket).map_err(|e| Failure::Internal(e.into()))?;
-        tasks.spawn(listener::run(
-            Arc::clone(&front),
-            number,
-            socket,
-            stop.clone(),
-        ));
+    for ((socket, origin), settings) in public.into_iter().zip(&config.listeners) {
+        let listeners = &front.listeners;
+        let adopted = listeners.adopt(&front, socket, settings.clone(), origin);
+        adopted.map_err(|e| Failure::Internal(e.into()))?;
     }
     let (token, socket) = admin_socket(&config, admin).map_err(Failure::Internal)?;
-    let desk = Arc::new(Desk {
-        front: Arc::clone(&front),
-        directory: Arc::new(sessions.clone()),
-        token,
-        started: Instant::now(),
-    });
+    let started = Instant::now();
+    let desk = |token| {
+        Arc::new(Desk {
+            front: Arc::clone(&front),
+            directory: Arc::new(sessions.clone()),
+            token,
+            started,
+        })
+    };
+    // Where strangers come too nobody gets in by the permissions of a file.
+    let shown = admin_secret(&config).map_err(Failure::Internal)?;
+    front.office.get_or_init(|| api::router(desk(Some(shown))));
+    let desk = desk(token);
     // The API outlives the listeners: it is how one sees a shutdown go on.
     let (quiet_tx, quiet) = watch::channel(false);
     let mut last = JoinSet::new();
@@ -117,6 +129,7 @@ async fn serve(
     tasks.spawn(async move {
         gate.ring().warm_up().await;
     });
+    tasks.spawn(Arc::clone(&front.acme).run(wish));
     // Before anybody is told that we are ready: a signal that nobody watches for kills.
     let signals = Signals::watch().map_err(Failure::Internal)?;
     greet(&config, &front);
@@ -128,7 +141,7 @@ async fn serve(
     info!("shutting down");
     tell(&[NotifyState::Stopping]);
     front.stop();
-    stop_tx.send_replace(true);
+    front.listeners.close().await;
     let deadline = Instant::now() + config.limits.drain_time;
     sessions.drain(config.limits.drain_time).await;
     let left = connections_left(&front.gate, deadline).await;
@@ -144,6 +157,31 @@ async fn serve(
     tasks.shutdown().await;
     info!("done");
     Ok(())
+}
+
+/// What is to have a certificate, asked again and again.
+fn wish_of(front: &Arc<Front>) -> impl Fn() -> Wish + Send + use<> {
+    let front = Arc::clone(front);
+    move || Wish {
+        settings: front.config().acme.clone(),
+        served: served_here(&front),
+    }
+}
+
+/// Names of live clients whose TLS ends here. Nobody gets a certificate for a
+/// name that only might be served.
+fn served_here(front: &Front) -> Vec<Name> {
+    if !front.config().acme.as_ref().is_some_and(|a| a.served) {
+        return Vec::new();
+    }
+    let snapshot = front.table.snapshot();
+    let live = snapshot.names.into_iter().filter(|n| !n.servers.is_empty());
+    live.filter_map(|view| match view.what {
+        What::Name(pattern) if !pattern.is_wildcard() => Some(pattern.name().clone()),
+        What::Name(_) | What::Port(_) => None,
+    })
+    .filter(|name| front.table.ending(name) == Some(Ending::Here))
+    .collect()
 }
 
 /// Lets whoever has just come hear an answer. Those who say nothing do not hold
@@ -166,7 +204,11 @@ async fn connections_left(gate: &Gate, deadline: Instant) -> usize {
     gate.connections()
 }
 
-async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, Failure> {
+/// The sessions, and the ports that the helper translates connections to.
+async fn start_sessions(
+    config: &Config,
+    store: &Store,
+) -> Result<(Arc<Shared>, (u16, u16)), Failure> {
     let helper = Helper::start(HelperConfig {
         socket: config.helper.socket.clone(),
         uid: config.helper.uid,
@@ -179,8 +221,8 @@ async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, F
             config.helper.socket.display()
         )));
     };
-    check_nat_range(&config.listeners, (pool.nat_low, pool.nat_high))
-        .map_err(|e| Failure::Config(anyhow!(e)))?;
+    let translated = (pool.nat_low, pool.nat_high);
+    check_nat_range(&config.listeners, translated).map_err(|e| Failure::Config(anyhow!(e)))?;
     if pool.slots as usize > config.limits.max_clients {
         warn!(
             slots = pool.slots,
@@ -196,8 +238,8 @@ async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, F
     adopted
         .map_err(|e| internal("meter", &e))?
         .map_err(Failure::Internal)?;
-    let meter = Meter::create(&config.state_dir, config.limits.max_clients)
-        .map_err(|e| internal("meter", &e))?;
+    let rows = config.limits.max_clients * ROWS_OF_CLIENT + ROWS_OF_NAMES;
+    let meter = Meter::create(&config.state_dir, rows).map_err(|e| internal("meter", &e))?;
     let tickets = TicketKey::load_or_create(&config.state_dir.join(TICKET_FILE))
         .map_err(|e| internal("tickets", &e))?;
     let count = match config.session.cores {
@@ -211,13 +253,8 @@ async fn start_sessions(config: &Config, store: &Store) -> Result<Arc<Shared>, F
         dns: config.session.dns.clone(),
         routes: config.session.routes.clone(),
     };
-    Ok(Shared::new(
-        cores,
-        helper,
-        Arc::new(meter),
-        tickets,
-        settings,
-    ))
+    let shared = Shared::new(cores, helper, Arc::new(meter), tickets, settings);
+    Ok((shared, translated))
 }
 
 /// Closes the accounts of a dead process that had our number, which is the rule
@@ -249,14 +286,14 @@ pub fn check_nat_range(listeners: &[Listener], (low, high): (u16, u16)) -> Resul
     }
 }
 
-fn admin_socket(
-    config: &Config,
-    admin: Admin,
-) -> anyhow::Result<(Option<crate::config::Secret>, api::Socket)> {
+fn admin_secret(config: &Config) -> anyhow::Result<Secret> {
+    api::admin_token(&config.state_dir).context("cannot use admin.token in the state directory")
+}
+
+fn admin_socket(config: &Config, admin: Admin) -> anyhow::Result<(Option<Secret>, api::Socket)> {
     Ok(match admin {
         Admin::Tcp(tcp) => {
-            let token = api::admin_token(&config.state_dir)
-                .context("cannot use admin.token in the state directory")?;
+            let token = admin_secret(config)?;
             (Some(token), api::Socket::Tcp(TcpListener::from_std(tcp)?))
         }
         Admin::Unix(unix) => (None, api::Socket::Unix(UnixListener::from_std(unix)?)),
@@ -327,7 +364,7 @@ impl Signals {
 
 /// Takes over a changed configuration, all of it or nothing. Who is connected
 /// stays so.
-fn reload(path: &Path, front: &Front) {
+fn reload(path: &Path, front: &Arc<Front>) {
     match try_reload(path, front) {
         Ok(kept) => {
             for what in kept {
@@ -343,13 +380,15 @@ fn reload(path: &Path, front: &Front) {
 }
 
 /// Puts the file's configuration in force, or changes nothing.
-fn try_reload(path: &Path, front: &Front) -> anyhow::Result<Vec<&'static str>> {
+fn try_reload(path: &Path, front: &Arc<Front>) -> anyhow::Result<Vec<&'static str>> {
     let mut config = Config::load(path, |name| std::env::var(name).ok())?;
     let kept = config.keep_fixed(&front.config());
     let certificate = Tls::prepare(&config)?;
     let keys = Gate::prepare(&config)?;
+    let listeners = front.listeners.plan(&config.listeners)?;
     front.tls.commit(certificate);
     front.gate.commit(keys);
     front.configure(Arc::new(config));
+    front.listeners.follow(front, listeners);
     Ok(kept)
 }

@@ -1,13 +1,48 @@
 //! Who serves which name and port.
+//!
+//! A name belongs to the account whose login says so, never to whoever asks
+//! first. Of one account several installations share its visitors; the same
+//! one coming again takes the place of its former connection in one step.
+//! Looking a name up costs as many probes of a hash table as it has labels.
+
+mod choose;
+mod view;
 
 use std::collections::HashMap;
+use std::fmt;
+use std::hash::RandomState;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use rvpn_proto::name::{Name, Pattern};
+use tokio::sync::Notify;
+use tokio::time::timeout_at;
+use tracing::debug;
 
-use super::{Carrier, Service};
+use self::choose::Groups;
+use self::view::Past;
+pub use self::view::{Connections, NameView, ServerView, Snapshot};
+use super::account::Books;
+use super::count::{Counts, Load, Tally, Visiting};
+use super::{Carrier, OpenError, Service};
 use crate::auth::rights::Rights;
+use crate::config::Serve;
+use crate::config::serve::Tls;
+use crate::meter::Meter;
+
+/// How long what a taken-over connection served is waited for: its successor
+/// says it again at once.
+const COMING: Duration = Duration::from_secs(1);
+/// How long a client that was asked whether it is there is passed over, if
+/// another one can serve.
+const DOUBT: Duration = Duration::from_secs(2);
+/// Names and ports that one connection serves.
+const MOST_OFFERS: usize = 256;
+/// What a connection is told whose place another one took.
+const CONTINUED: (u16, &str) = (1000, "continued elsewhere");
 
 /// How TLS for a name is handled, as its server wishes; the configuration may
 /// say otherwise.
@@ -44,6 +79,38 @@ pub struct Offer {
     pub service: Option<Service>,
     /// How TLS is handled.
     pub ending: Ending,
+    /// Whether each stream begins with a PROXY v2 header about its visitor.
+    pub proxy: bool,
+}
+
+impl Offer {
+    /// Everything under these names, TLS untouched.
+    pub fn of(pattern: Pattern) -> Offer {
+        Offer {
+            pattern,
+            service: None,
+            ending: Ending::There,
+            proxy: false,
+        }
+    }
+}
+
+/// What visitors can ask for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum What {
+    /// A name, or all below one.
+    Name(Pattern),
+    /// A port of the client's own.
+    Port(u16),
+}
+
+impl fmt::Display for What {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            What::Name(pattern) => pattern.fmt(f),
+            What::Port(port) => write!(f, "port {port}"),
+        }
+    }
 }
 
 /// Why something cannot be served.
@@ -58,6 +125,21 @@ pub enum Refused {
     /// Another account serves it now.
     #[error("{0} is served by another account")]
     Taken(Pattern),
+    /// Not among the login's ports.
+    #[error("port {0} is not among the ports of this login")]
+    Port(u16),
+    /// Another account, or the gateway itself, listens there.
+    #[error("port {0} is in use")]
+    PortTaken(u16),
+    /// The port cannot be listened on.
+    #[error("cannot listen on port {0}: {1}")]
+    PortFault(u16, String),
+    /// One connection serves so many and no more.
+    #[error("{0} is one too many: a connection serves at most 256 names and ports")]
+    TooMany(What),
+    /// The meter has no row for it.
+    #[error("{0} cannot be served now: the gateway's meter is full")]
+    NoRoom(What),
 }
 
 /// What serves a visitor.
@@ -65,8 +147,23 @@ pub enum Refused {
 pub struct Chosen {
     /// The client.
     pub server: Server,
-    /// What of it.
-    pub offer: Offer,
+    /// Its number in the table, to pass it over the next time.
+    pub number: u64,
+    /// As what it was found.
+    pub what: What,
+    /// How it wants TLS.
+    pub ending: Ending,
+    /// Whether it wants a PROXY v2 header.
+    pub proxy: bool,
+    tally: Tally,
+    most: usize,
+}
+
+impl Chosen {
+    /// Counts a visitor in, if the account has room for one.
+    pub fn begin(&self) -> Result<Visiting, OpenError> {
+        Visiting::begin(self.tally.clone(), self.most)
+    }
 }
 
 /// What a name leads to.
@@ -78,21 +175,83 @@ pub enum Found {
     Nobody,
 }
 
+impl Found {
+    /// The client, if any.
+    pub fn served(self) -> Option<Chosen> {
+        match self {
+            Found::Served(chosen) => Some(chosen),
+            Found::Nobody => None,
+        }
+    }
+}
+
+/// Whom a visitor asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// A name and what it is to speak.
+    Name(Name, Service),
+    /// Whoever has the port.
+    Port(u16),
+}
+
+/// Who listens on ports of the clients' own.
+pub trait Doors: Send + Sync + 'static {
+    /// Listens, if it does not yet.
+    fn open(&self, port: u16) -> Pin<Box<dyn Future<Output = Result<(), Refused>> + Send>>;
+
+    /// Nobody serves the port any more. Somebody may again in a moment.
+    fn close(&self, port: u16);
+}
+
 /// All that is served. One for the process.
 #[derive(Default)]
 pub struct Table {
     inner: Mutex<Inner>,
+    changed: Notify,
+    whole: Arc<Counts>,
+    tunnels: AtomicU64,
+    books: Books,
+    doors: OnceLock<Arc<dyn Doors>>,
+    /// Ports are opened one at a time, so that each caller learns how it went.
+    opening: tokio::sync::Mutex<()>,
+    spread: RandomState,
 }
 
 #[derive(Default)]
 struct Inner {
+    settings: Arc<Serve>,
     last: u64,
     servers: HashMap<u64, Entry>,
+    instances: HashMap<(Arc<str>, Arc<str>), u64>,
+    groups: Groups,
+    loads: HashMap<Arc<str>, Arc<Load>>,
+    past: Past,
 }
 
 struct Entry {
     server: Server,
-    offers: Vec<Offer>,
+    /// Without a name of its own: it joins the others of its account.
+    older: bool,
+    doubted_until: Option<Instant>,
+    started: SystemTime,
+    counts: Arc<Counts>,
+    load: Arc<Load>,
+    offers: Vec<(What, Arc<Counts>)>,
+}
+
+/// One client's part in what is served under a name or on a port.
+struct Member {
+    number: u64,
+    service: Option<Service>,
+    ending: Ending,
+    proxy: bool,
+    tally: Tally,
+}
+
+impl Member {
+    fn fits(&self, service: Service) -> bool {
+        self.service.is_none_or(|offered| offered == service)
+    }
 }
 
 /// A client's place in the table; dropping it takes everything of it out at once.
@@ -102,18 +261,83 @@ pub struct Place {
 }
 
 impl Table {
+    /// With a meter that has a row for each account's names.
+    pub fn metered(meter: Arc<Meter>) -> Table {
+        Table {
+            books: Books::of(meter),
+            ..Table::default()
+        }
+    }
+
+    /// Puts settings in force, for what is looked up and offered from now on.
+    pub fn configure(&self, settings: Serve) {
+        let mut inner = self.lock();
+        inner.settings = Arc::new(settings);
+        let settings = Arc::clone(&inner.settings);
+        inner.groups.balance_by(&settings);
+    }
+
+    /// Says who listens on ports. Once.
+    pub fn listen_by(&self, doors: Arc<dyn Doors>) {
+        if self.doors.set(doors).is_err() {
+            debug!("there are doors already");
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts a client in. It serves nothing yet. An earlier connection of the
-    /// same instance is told to go.
+    /// same instance is told to go, and what it served is served by nobody else
+    /// meanwhile.
     pub fn join(self: &Arc<Table>, server: Server) -> Place {
+        let key = (Arc::clone(&server.account), Arc::clone(&server.instance));
         let mut inner = self.lock();
-        inner.last += 1;
-        let number = inner.last;
-        let offers = Vec::new();
-        inner.servers.insert(number, Entry { server, offers });
+        let number = inner.enter(server, false);
+        let former = inner.instances.insert(key, number);
+        let (former, ports) = match former {
+            Some(former) => inner.leave(former, Some(COMING)),
+            None => (None, Vec::new()),
+        };
+        drop(inner);
+        self.joined(&ports);
+        if let Some(former) = former {
+            former.end(CONTINUED.0, CONTINUED.1);
+        }
+        self.place(number)
+    }
+
+    /// Puts a client in that has no name for itself. It may be one that is here
+    /// already and came again, so the others of its account are asked whether
+    /// they are still there; until they show it, this one comes first.
+    pub fn join_beside(self: &Arc<Table>, server: Server) -> Place {
+        let account = Arc::clone(&server.account);
+        let until = Instant::now() + DOUBT;
+        let mut inner = self.lock();
+        let mut asked = Vec::new();
+        for other in inner.servers.values_mut() {
+            if other.older && other.server.account == account {
+                other.doubted_until = Some(until);
+                asked.push(Arc::clone(&other.server.carrier));
+            }
+        }
+        let number = inner.enter(server, true);
+        drop(inner);
+        self.joined(&[]);
+        for carrier in asked {
+            carrier.probe();
+        }
+        self.place(number)
+    }
+
+    fn joined(&self, ports: &[u16]) {
+        self.tunnels.fetch_add(1, Ordering::Relaxed);
+        self.close_doors(ports);
+        self.changed.notify_waiters();
+    }
+
+    fn place(self: &Arc<Table>, number: u64) -> Place {
         Place {
             table: Arc::clone(self),
             number,
@@ -121,20 +345,210 @@ impl Table {
     }
 
     /// The client for a visitor who asks for `name`: the exact name before a
-    /// wildcard, the longest wildcard first; among several clients in turn.
-    pub fn find(&self, name: &Name, service: Service, _visitor: SocketAddr) -> Found {
-        let inner = self.lock();
-        let fits = |o: &&Offer| {
-            o.pattern.covers(name) && o.service.is_none_or(|offered| offered == service)
+    /// wildcard, the longest wildcard first; among several clients as the
+    /// configuration says.
+    pub fn find(&self, name: &Name, service: Service, visitor: SocketAddr) -> Found {
+        let wanted = Wanted::Name(name.clone(), service);
+        match self.look(&wanted, visitor, &[]).0 {
+            Some(chosen) => Found::Served(chosen),
+            None => Found::Nobody,
+        }
+    }
+
+    /// The same, passing over clients that were tried, and waiting a moment for
+    /// one that is just being replaced by its next connection.
+    pub async fn seek(
+        &self,
+        wanted: &Wanted,
+        visitor: SocketAddr,
+        tried: &[u64],
+    ) -> Option<Chosen> {
+        loop {
+            let changed = self.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            let (found, coming) = self.look(wanted, visitor, tried);
+            if found.is_some() {
+                return found;
+            }
+            timeout_at(coming?.into(), changed).await.ok()?;
+        }
+    }
+
+    fn look(
+        &self,
+        wanted: &Wanted,
+        visitor: SocketAddr,
+        tried: &[u64],
+    ) -> (Option<Chosen>, Option<Instant>) {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let ask = choose::Ask {
+            visitor,
+            tried,
+            now,
+            spread: &self.spread,
+            most: inner.settings.visitors_per_account,
         };
-        let best = inner.servers.values().find_map(|entry| {
-            let offer = entry.offers.iter().find(fits)?;
-            Some(Chosen {
-                server: entry.server.clone(),
-                offer: offer.clone(),
-            })
-        });
-        best.map_or(Found::Nobody, Found::Served)
+        let found = match wanted {
+            Wanted::Name(name, _) if inner.settings.is_reserved(name) => return (None, None),
+            Wanted::Name(name, service) => inner.groups.find(name, *service, &ask, &inner.servers),
+            Wanted::Port(port) => inner.groups.find_port(*port, &ask, &inner.servers),
+        };
+        let coming = match found {
+            Some(_) => None,
+            None => inner.past.coming(wanted, now),
+        };
+        (found, coming)
+    }
+
+    /// Waits while the name is between two connections of who serves it.
+    pub async fn arrived(&self, name: &Name) {
+        let wanted = Wanted::Name(name.clone(), Service::Https);
+        loop {
+            let changed = self.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            changed.as_mut().enable();
+            let coming = {
+                let inner = self.lock();
+                match inner.groups.ending(name) {
+                    Some(_) => None,
+                    None => inner.past.coming(&wanted, Instant::now()),
+                }
+            };
+            let Some(until) = coming else { return };
+            if timeout_at(until.into(), changed).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Who ends TLS for a name; `None` if nobody serves it.
+    pub fn ending(&self, name: &Name) -> Option<Ending> {
+        let inner = self.lock();
+        if inner.settings.is_reserved(name) {
+            return None;
+        }
+        let wished = inner.groups.ending(name)?;
+        Some(match inner.settings.policy(name).tls {
+            Some(Tls::Passthrough) => Ending::There,
+            Some(Tls::Terminate) => Ending::Here,
+            None => wished,
+        })
+    }
+
+    /// Ends a client for good, at an operator's word. False if there is none
+    /// of this number now.
+    pub fn kick(&self, number: u64) -> bool {
+        let (carrier, ports) = self.lock().leave(number, None);
+        self.close_doors(&ports);
+        self.changed.notify_waiters();
+        match carrier {
+            Some(carrier) => {
+                carrier.end(1008, "disconnected by the operator");
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Whether somebody serves the name, whatever of it.
+    pub fn serves(&self, name: &Name) -> bool {
+        self.nearest(name).is_some()
+    }
+
+    /// The nearest pattern that is served and covers the name.
+    pub fn nearest(&self, name: &Name) -> Option<What> {
+        let inner = self.lock();
+        match inner.settings.is_reserved(name) {
+            true => None,
+            false => inner.groups.nearest(name),
+        }
+    }
+
+    /// Whether the client is here and serves this.
+    pub fn still(&self, number: u64, what: &What) -> bool {
+        let inner = self.lock();
+        let entry = inner.servers.get(&number);
+        entry.is_some_and(|e| e.offers.iter().any(|(w, _)| w == what))
+    }
+
+    /// Whether somebody serves the port.
+    pub fn serves_port(&self, port: u16) -> bool {
+        let wanted = Wanted::Port(port);
+        let inner = self.lock();
+        inner.groups.has_port(port) || inner.past.coming(&wanted, Instant::now()).is_some()
+    }
+
+    fn close_doors(&self, ports: &[u16]) {
+        if let Some(doors) = self.doors.get() {
+            ports.iter().for_each(|port| doors.close(*port));
+        }
+    }
+}
+
+impl Inner {
+    fn enter(&mut self, server: Server, older: bool) -> u64 {
+        self.last += 1;
+        let load = self.loads.entry(Arc::clone(&server.account));
+        let load = Arc::clone(load.or_default());
+        let entry = Entry {
+            server,
+            older,
+            doubted_until: None,
+            started: SystemTime::now(),
+            counts: Arc::default(),
+            load,
+            offers: Vec::new(),
+        };
+        self.servers.insert(self.last, entry);
+        self.last
+    }
+
+    /// Takes a client out with all it serves, which is waited for a while if
+    /// its successor is here. Returns how to reach it and what ports nobody serves.
+    fn leave(
+        &mut self,
+        number: u64,
+        coming: Option<Duration>,
+    ) -> (Option<Arc<dyn Carrier>>, Vec<u16>) {
+        let Some(entry) = self.servers.remove(&number) else {
+            return (None, Vec::new());
+        };
+        let key = (
+            Arc::clone(&entry.server.account),
+            Arc::clone(&entry.server.instance),
+        );
+        if self.instances.get(&key) == Some(&number) {
+            self.instances.remove(&key);
+        }
+        let now = Instant::now();
+        let keep = self.settings.dead_time.idle;
+        let mut ports = Vec::new();
+        for (what, _) in &entry.offers {
+            if let Some(group) = self.groups.leave(what, number) {
+                if let What::Port(port) = what {
+                    ports.push(*port);
+                }
+                let coming = coming.map(|c| now + c);
+                self.past.emptied(what, group, coming, now, keep);
+            }
+        }
+        let carrier = Arc::clone(&entry.server.carrier);
+        let account = Arc::clone(&entry.server.account);
+        self.past.left(number, entry, now, keep);
+        self.tidy_load(&account);
+        (Some(carrier), ports)
+    }
+
+    /// Forgets the load of an account that has neither clients nor visitors.
+    fn tidy_load(&mut self, account: &Arc<str>) {
+        let idle = |load: &Arc<Load>| Arc::strong_count(load) == 1 && load.visitors() == 0;
+        if self.loads.get(account).is_some_and(idle) {
+            self.loads.remove(account);
+        }
     }
 }
 
@@ -142,28 +556,99 @@ impl Place {
     /// Serves something more. Offering the same twice is one offer.
     pub fn offer(&self, offer: Offer) -> Result<(), Refused> {
         let mut inner = self.table.lock();
-        let Some(entry) = inner.servers.get_mut(&self.number) else {
+        let inner = &mut *inner;
+        let Some(entry) = inner.servers.get(&self.number) else {
+            // Taken over: what it serves now is of no interest.
             return Ok(());
         };
-        if !entry.server.rights.name(&offer.pattern) {
-            return Err(Refused::Claim(offer.pattern));
+        let Offer {
+            pattern,
+            service,
+            ending,
+            proxy,
+        } = offer;
+        if !entry.server.rights.name(&pattern) {
+            return Err(Refused::Claim(pattern));
         }
-        if !entry.offers.contains(&offer) {
-            entry.offers.push(offer);
+        if inner.settings.reserves(&pattern) {
+            return Err(Refused::Reserved(pattern));
         }
+        let what = What::Name(pattern.clone());
+        inner
+            .add(self.number, what, (service, ending, proxy), &self.table)
+            .map_err(|refused| refused.unwrap_or(Refused::Taken(pattern)))?;
+        self.table.changed.notify_waiters();
         Ok(())
+    }
+
+    /// Serves a TCP port of the gateway.
+    pub async fn listen(&self, port: u16) -> Result<(), Refused> {
+        let _one_at_a_time = self.table.opening.lock().await;
+        let doors = {
+            let mut inner = self.table.lock();
+            let Some(entry) = inner.servers.get(&self.number) else {
+                return Ok(());
+            };
+            if port == 0 || !entry.server.rights.port(port) {
+                return Err(Refused::Port(port));
+            }
+            let Some(doors) = self.table.doors.get() else {
+                let why = "this gateway opens no ports for clients".to_owned();
+                return Err(Refused::PortFault(port, why));
+            };
+            let how = (Some(Service::Tcp), Ending::There, false);
+            inner
+                .add(self.number, What::Port(port), how, &self.table)
+                .map_err(|refused| refused.unwrap_or(Refused::PortTaken(port)))?;
+            doors
+        };
+        self.table.changed.notify_waiters();
+        let opened = doors.open(port).await;
+        if opened.is_err() {
+            self.withdraw_what(&What::Port(port));
+        }
+        opened
     }
 
     /// Serves all names of the pattern no longer.
     pub fn withdraw(&self, pattern: &Pattern) {
-        if let Some(entry) = self.table.lock().servers.get_mut(&self.number) {
-            entry.offers.retain(|o| o.pattern != *pattern);
+        self.withdraw_what(&What::Name(pattern.clone()));
+    }
+
+    /// Serves the port no longer.
+    pub fn withdraw_port(&self, port: u16) {
+        self.withdraw_what(&What::Port(port));
+    }
+
+    fn withdraw_what(&self, what: &What) {
+        let mut inner = self.table.lock();
+        let inner = &mut *inner;
+        let Some(entry) = inner.servers.get_mut(&self.number) else {
+            return;
+        };
+        entry.offers.retain(|(w, _)| w != what);
+        let emptied = inner.groups.leave(what, self.number);
+        let closed = match (&emptied, what) {
+            (Some(_), What::Port(port)) => vec![*port],
+            _ => Vec::new(),
+        };
+        if let Some(group) = emptied {
+            let keep = inner.settings.dead_time.idle;
+            inner.past.emptied(what, group, None, Instant::now(), keep);
         }
+        self.table.close_doors(&closed);
+    }
+
+    /// Its number in the table.
+    pub fn number(&self) -> u64 {
+        self.number
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.table.lock().servers.remove(&self.number);
+        let (_, ports) = self.table.lock().leave(self.number, None);
+        self.table.close_doors(&ports);
+        self.table.changed.notify_waiters();
     }
 }

@@ -204,8 +204,8 @@ impl<P: Protocol> Arrival<P> {
             service: self.protocol.service(),
             peer: self.admission.peer,
             started,
-            addresses: [IpAddr::V4(v4), IpAddr::V6(v6)],
-            slot: lease.reply.slot,
+            addresses: vec![IpAddr::V4(v4), IpAddr::V6(v6)],
+            slot: Some(lease.reply.slot),
             core: self.seat.core(),
         };
         let entry = shared.hub.enter(card, order_tx);

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_tungstenite::tungstenite::Message;
 
@@ -23,15 +24,19 @@ use crate::cores::Load;
 use crate::meter::{Row, Totals};
 use crate::tun::{MAX_READ, Tun};
 
-/// Work of one turn in one direction, after which the other and the core's
-/// other sessions have theirs.
+/// Taken from the client in one turn, after which the device has its own.
 const TURN_BYTES: usize = 256 * 1024;
-const TURN_PACKETS: usize = 256;
 const TURN_MESSAGES: usize = 256;
-/// Flushes in one turn while the socket takes them.
-const TURN_SENDS: usize = 8;
-/// What is given to the socket at once.
-const FLUSH_BYTES: usize = 64 * 1024;
+/// Taken from the device in one turn.
+const DRAIN_BYTES: usize = 1024 * 1024;
+const DRAIN_PACKETS: usize = 512;
+/// Turns, after which the core's other sessions have theirs.
+const TURNS: usize = 4;
+/// What is given to the socket in one turn, one large message or several small
+/// ones. Much less than what is drained from
+/// the device in one: else a sender that is faster than we are would wait
+/// there, first come, first served, and not in the queue.
+const FLUSH_BYTES: usize = 48 * 1024;
 /// Control messages a client may send at once, and then per second.
 const CONTROL_BURST: u32 = 200;
 const CONTROL_PER_SECOND: u32 = 20;
@@ -216,7 +221,9 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
     pub async fn run(&mut self, load: &Load, mut heard: impl FnMut()) -> End {
         let before = self.heard;
         let mut told = false;
-        poll_fn(|cx| {
+        // What a turn may do is bounded here, in bytes. tokio's own bound, of 128
+        // calls, would end it in the middle of a drain and leave nothing for sending.
+        unconstrained(poll_fn(|cx| {
             let counted = self.totals;
             let end = SCRATCH.with_borrow_mut(|scratch| self.turn(cx, scratch));
             self.carriage.tally(&mut self.totals);
@@ -231,7 +238,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
                 heard();
             }
             end
-        })
+        }))
         .await
     }
 
@@ -254,17 +261,24 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         if let Poll::Ready(end) = self.outside.as_mut().poll(cx) {
             return Poll::Ready(end);
         }
-        let more = self
-            .receive(cx, scratch, now)
-            .and_then(|more| Ok(self.drain(cx, scratch, now)? | more))
-            .and_then(|more| Ok(self.send(cx, scratch, now)? | more));
-        match more {
-            Err(end) => return Poll::Ready(end),
-            // Not done, but others have waited long enough.
-            Ok(true) => cx.waker().wake_by_ref(),
-            Ok(false) => {}
+        let mut last = now;
+        for turn in 1.. {
+            let more = self
+                .receive(cx, scratch, last)
+                .and_then(|more| Ok(self.drain(cx, scratch, last)? | more))
+                .and_then(|more| Ok(self.send(cx, scratch, last)? | more));
+            match more {
+                Err(end) => return Poll::Ready(end),
+                Ok(true) if turn < TURNS => last = Instant::now(),
+                // Not done, but others have waited long enough.
+                Ok(true) => {
+                    cx.waker().wake_by_ref();
+                    break;
+                }
+                Ok(false) => break,
+            }
         }
-        self.watch(cx, now)
+        self.watch(cx, last)
     }
 
     /// Client to device.
@@ -337,7 +351,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         now: Instant,
     ) -> Result<bool, End> {
         let mut bytes = 0;
-        for _ in 0..TURN_PACKETS {
+        for _ in 0..DRAIN_PACKETS {
             match self.tun.poll_read(cx, &mut scratch.device) {
                 Poll::Pending => return Ok(false),
                 Poll::Ready(Err(_)) => return Err(End::DeviceLost),
@@ -345,7 +359,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
                     self.carriage
                         .inbound(&mut scratch.device[..n], &mut self.totals, now);
                     bytes += n;
-                    if bytes >= TURN_BYTES {
+                    if bytes >= DRAIN_BYTES {
                         break;
                     }
                 }
@@ -362,37 +376,42 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         scratch: &mut Scratch,
         now: Instant,
     ) -> Result<bool, End> {
-        for _ in 0..TURN_SENDS {
-            if self.flushing {
-                if self.transport.poll_flush(cx)?.is_pending() {
-                    let taken = self.transport.wire().1;
-                    self.stuck.get_or_insert((now, taken));
-                    return Ok(false);
-                }
-                self.flushing = false;
-                self.stuck = None;
-            }
-            while let Poll::Ready(Some(answer)) = self.answers.poll_recv(cx) {
-                self.transport.feed(answer)?;
-                self.flushing = true;
-            }
-            let mut fed = 0;
-            while fed < FLUSH_BYTES
-                && self
-                    .carriage
-                    .message(&mut scratch.message, &mut self.totals, now)
-            {
-                fed += scratch.message.len();
-                let message = scratch.message.split().freeze();
-                self.transport.feed(Message::Binary(message.clone()))?;
-                // The transport has copied it, so the buffer is ours alone again.
-                scratch.message = message.try_into_mut().unwrap_or_default();
-                self.flushing = true;
-            }
-            if !self.flushing {
-                return Ok(false);
-            }
+        if self.flushing {
+            return self.flush(cx, now);
         }
+        while let Poll::Ready(Some(answer)) = self.answers.poll_recv(cx) {
+            self.transport.feed(answer)?;
+            self.flushing = true;
+        }
+        let mut fed = 0;
+        while fed < FLUSH_BYTES
+            && self
+                .carriage
+                .message(&mut scratch.message, &mut self.totals, now)
+        {
+            fed += scratch.message.len();
+            let message = scratch.message.split().freeze();
+            self.transport.feed(Message::Binary(message.clone()))?;
+            // The transport has copied it, so the buffer is ours alone again.
+            scratch.message = message.try_into_mut().unwrap_or_default();
+            self.flushing = true;
+        }
+        if self.flushing {
+            self.flush(cx, now)
+        } else {
+            Ok(false)
+        }
+    }
+
+    /// Whether the socket took everything, so that more can follow.
+    fn flush(&mut self, cx: &mut Context<'_>, now: Instant) -> Result<bool, End> {
+        if self.transport.poll_flush(cx)?.is_pending() {
+            let taken = self.transport.wire().1;
+            self.stuck.get_or_insert((now, taken));
+            return Ok(false);
+        }
+        self.flushing = false;
+        self.stuck = None;
         Ok(true)
     }
 
@@ -466,20 +485,20 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
 
 /// Bounds what is not data: a client has little to say beside it.
 #[derive(Debug)]
-struct Bucket {
+pub(crate) struct Bucket {
     left: u32,
     since: Instant,
 }
 
 impl Bucket {
-    fn full(now: Instant) -> Bucket {
+    pub(crate) fn full(now: Instant) -> Bucket {
         Bucket {
             left: CONTROL_BURST,
             since: now,
         }
     }
 
-    fn take(&mut self, now: Instant) -> Result<(), End> {
+    pub(crate) fn take(&mut self, now: Instant) -> Result<(), End> {
         let gained = now.saturating_duration_since(self.since).as_millis()
             * u128::from(CONTROL_PER_SECOND)
             / 1000;

@@ -66,10 +66,10 @@ pub struct Card {
     pub peer: SocketAddr,
     /// When it began.
     pub started: SystemTime,
-    /// The lease's addresses.
-    pub addresses: [IpAddr; 2],
+    /// The lease's addresses; none without a lease.
+    pub addresses: Vec<IpAddr>,
     /// The lease's slot.
-    pub slot: u32,
+    pub slot: Option<u32>,
     /// Where its task runs.
     pub core: CoreId,
 }
@@ -246,6 +246,11 @@ impl Hub {
             asked += 1;
         }
         asked
+    }
+
+    /// Whether no further session may begin.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
     }
 
     /// Lets no further session begin.

@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use super::{
     AccountUsage, DeviceKey, Engine, Flow, Invite, NewDevice, Revocation, Scope, StoreError,
     UsageQuery,
@@ -13,7 +16,8 @@ use super::{
 use crate::meter::{DropReason, Side, Totals, Usage};
 
 /// Each step is applied once, in order; `user_version` counts them.
-const STEPS: [&str; 1] = ["
+const STEPS: [&str; 2] = [
+    "
     CREATE TABLE device (
         id TEXT PRIMARY KEY, account TEXT NOT NULL, name TEXT NOT NULL,
         public BLOB NOT NULL, created INTEGER NOT NULL, expires INTEGER,
@@ -43,7 +47,14 @@ const STEPS: [&str; 1] = ["
     ) STRICT;
     CREATE INDEX usage_by_account ON usage (account, started_ms);
     CREATE INDEX usage_by_time ON usage (started_ms);
-"];
+",
+    "
+    ALTER TABLE device ADD COLUMN names TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE device ADD COLUMN ports TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE invite ADD COLUMN names TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE invite ADD COLUMN ports TEXT NOT NULL DEFAULT '[]';
+",
+];
 
 /// Another process may hold the file for a moment, such as an operator's shell.
 const BUSY: Duration = Duration::from_secs(2);
@@ -131,6 +142,18 @@ fn class(row: &Row<'_>) -> rusqlite::Result<u8> {
     row.get("class")
 }
 
+/// A list, as JSON has it.
+fn list<T: DeserializeOwned>(row: &Row<'_>, column: &str) -> rusqlite::Result<Vec<T>> {
+    let text: String = row.get(column)?;
+    serde_json::from_str(&text).map_err(|error| {
+        rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.into())
+    })
+}
+
+fn list_text(list: &impl Serialize) -> Result<String, StoreError> {
+    serde_json::to_string(list).map_err(|e| StoreError::Engine(e.to_string()))
+}
+
 fn device(row: &Row<'_>) -> rusqlite::Result<DeviceKey> {
     Ok(DeviceKey {
         id: row.get("id")?,
@@ -140,6 +163,8 @@ fn device(row: &Row<'_>) -> rusqlite::Result<DeviceKey> {
         created: number(row, "created")?,
         expires: maybe(row, "expires")?,
         class: class(row)?,
+        names: list(row, "names")?,
+        ports: list(row, "ports")?,
     })
 }
 
@@ -152,6 +177,8 @@ fn invite(row: &Row<'_>) -> rusqlite::Result<Invite> {
         expires: number(row, "expires")?,
         device_life: maybe(row, "device_life")?,
         class: class(row)?,
+        names: list(row, "names")?,
+        ports: list(row, "ports")?,
     })
 }
 
@@ -233,8 +260,8 @@ fn sequence(usage: &Usage) -> u64 {
 impl Engine for Sqlite {
     fn add_invite(&mut self, hash: &[u8; 32], invite: &Invite) -> Result<(), StoreError> {
         self.db.execute(
-            "INSERT INTO invite (hash, id, account, remaining, created, expires, device_life, class)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            "INSERT INTO invite (hash, id, account, remaining, created, expires, device_life, class, names, ports)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
             params![
                 hash,
                 invite.id,
@@ -243,7 +270,9 @@ impl Engine for Sqlite {
                 stored(invite.created),
                 stored(invite.expires),
                 invite.device_life.map(stored),
-                invite.class
+                invite.class,
+                list_text(&invite.names)?,
+                list_text(&invite.ports)?,
             ],
         )?;
         Ok(())
@@ -300,10 +329,12 @@ impl Engine for Sqlite {
             created: now,
             expires: found.device_life.map(|life| now.saturating_add(life)),
             class: found.class,
+            names: found.names,
+            ports: found.ports,
         };
         tx.execute(
-            "INSERT INTO device (id, account, name, public, created, expires, class)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            "INSERT INTO device (id, account, name, public, created, expires, class, names, ports)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
             params![
                 key.id,
                 key.account,
@@ -311,7 +342,9 @@ impl Engine for Sqlite {
                 key.public,
                 stored(key.created),
                 key.expires.map(stored),
-                key.class
+                key.class,
+                list_text(&key.names)?,
+                list_text(&key.ports)?,
             ],
         )?;
         tx.commit()?;

@@ -48,6 +48,31 @@ fn what_was_stored_is_there_after_reopening() {
 }
 
 #[test]
+fn a_store_without_names_gets_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store.db");
+    let mut db = Sqlite::open(&path).unwrap();
+    db.add_invite(&HASH, &invite(1)).unwrap();
+    let joined = db.redeem(&HASH, &new_device("a"), 10).unwrap().unwrap();
+    assert_eq!(joined.names, ["app.ex.org", "*.x.ex.org"]);
+    assert_eq!(joined.ports, [15432]);
+    drop(db);
+    // As the first version left it.
+    let db = rusqlite::Connection::open(&path).unwrap();
+    for table in ["device", "invite"] {
+        for column in ["names", "ports"] {
+            let drop = format!("ALTER TABLE {table} DROP COLUMN {column}");
+            db.execute(&drop, []).unwrap();
+        }
+    }
+    db.pragma_update(None, "user_version", 1).unwrap();
+    drop(db);
+    let found = Sqlite::open(&path).unwrap().devices().unwrap();
+    assert_eq!((found.len(), &*found[0].id), (1, "a"));
+    assert!(found[0].names.is_empty() && found[0].ports.is_empty());
+}
+
+#[test]
 fn a_store_of_the_future_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store.db");
@@ -97,6 +122,8 @@ fn invite(left: u32) -> Invite {
         expires: 100,
         device_life: Some(1000),
         class: 3,
+        names: vec!["app.ex.org".into(), "*.x.ex.org".into()],
+        ports: vec![15432],
     }
 }
 

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use rvpn_gateway::admit::{Admission, Io, Sessions};
 use rvpn_gateway::cores::CoreId;
+use rvpn_gateway::packer::Arrival;
 use rvpn_gateway::serve::table::Table;
 use tokio::sync::Notify;
 use tokio_tungstenite::WebSocketStream;
@@ -77,6 +78,10 @@ impl Sessions for Echo {
             inner.live.fetch_sub(1, Ordering::SeqCst);
             inner.changed.notify_waiters();
         });
+    }
+
+    fn tunnel(&self, _: Arrival, _: Io, _: Bytes) {
+        panic!("nobody here has such a client");
     }
 
     fn table(&self) -> Arc<Table> {

@@ -7,6 +7,7 @@
 
 pub(crate) mod client;
 pub(crate) mod echo;
+pub(crate) mod served;
 pub(crate) mod tokens;
 
 use std::fmt::Write as _;
@@ -17,13 +18,12 @@ use std::time::Duration;
 
 use rvpn_gateway::auth::Gate;
 use rvpn_gateway::config::Config;
+use rvpn_gateway::front::listeners::Origin;
 use rvpn_gateway::http::Front;
 use rvpn_gateway::listener;
 use rvpn_gateway::store::{Sqlite, Store};
 use rvpn_gateway::tls::Tls;
 use tempfile::TempDir;
-use tokio::net::TcpListener;
-use tokio::sync::watch;
 
 use self::echo::Echo;
 use self::tokens::Signer;
@@ -41,7 +41,6 @@ pub(crate) struct Lab {
     /// Signs for the key "ops".
     pub(crate) ops: Signer,
     pub(crate) dir: TempDir,
-    _stop: watch::Sender<bool>,
 }
 
 /// What differs from one lab to another.
@@ -80,18 +79,17 @@ impl Lab {
         let echo = Arc::new(Echo::default());
         let sessions = Arc::clone(&echo);
         let front = Front::new(config, gate, tls, sessions);
+        let settings = front.config().listeners[0].clone();
         let socket = listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let at = socket.local_addr().unwrap();
-        let (stop, stopped) = watch::channel(false);
-        let socket = TcpListener::from_std(socket).unwrap();
-        tokio::spawn(listener::run(Arc::clone(&front), 0, socket, stopped));
+        let listeners = &front.listeners;
+        let at = listeners.adopt(&front, socket, settings, Origin::Config);
+        let at = at.unwrap();
         Lab {
             front,
             echo,
             at,
             ops,
             dir,
-            _stop: stop,
         }
     }
 

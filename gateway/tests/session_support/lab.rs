@@ -162,7 +162,7 @@ impl Lab {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let list = self.shared.list();
-            let view = list.iter().find(|v| v.card.slot == slot).unwrap();
+            let view = list.iter().find(|v| v.card.slot == Some(slot)).unwrap();
             if done(&view.totals) {
                 return;
             }

@@ -11,12 +11,12 @@ use super::message::{
     Ticket, Welcome,
 };
 
-const NAME: usize = 128;
+pub(crate) const NAME: usize = 128;
 const ID: usize = 64;
 const TICKET: usize = 512;
-const TEXT: usize = 512;
+pub(crate) const TEXT: usize = 512;
 const HOST: usize = 253;
-const VERSIONS: usize = 16;
+pub(crate) const VERSIONS: usize = 16;
 const CAPABILITIES: usize = 32;
 const DNS: usize = 8;
 const ROUTES: usize = 256;
@@ -37,10 +37,7 @@ impl Message {
             }
             Self::Resolved(resolved) => check_resolved(resolved),
             Self::Goodbye(goodbye) => check_goodbye(goodbye),
-            Self::Error(ErrorNotice { code, text: words }) => {
-                identifier("code", code)?;
-                text("text", words, TEXT)
-            }
+            Self::Error(error) => check_notice(error),
             // Numbers of which every value is possible.
             Self::Stats(Stats {
                 outbound: None | Some(Counters { .. }),
@@ -104,7 +101,7 @@ fn check_resolved(resolved: &Resolved) -> Result<(), ControlError> {
     }
 }
 
-fn check_goodbye(goodbye: &Goodbye) -> Result<(), ControlError> {
+pub(crate) fn check_goodbye(goodbye: &Goodbye) -> Result<(), ControlError> {
     range(
         "code",
         goodbye.code.into(),
@@ -116,6 +113,11 @@ fn check_goodbye(goodbye: &Goodbye) -> Result<(), ControlError> {
         Some(ms) => range("retry_after_ms", ms, 0, MONTH_MS),
         None => Ok(()),
     }
+}
+
+pub(crate) fn check_notice(error: &ErrorNotice) -> Result<(), ControlError> {
+    identifier("code", &error.code)?;
+    text("text", &error.text, TEXT)
 }
 
 fn capabilities(capabilities: &[String]) -> Result<(), ControlError> {
@@ -136,7 +138,7 @@ fn ticket_text(ticket: &str) -> Result<(), ControlError> {
     Ok(())
 }
 
-fn identifier(field: &'static str, id: &str) -> Result<(), ControlError> {
+pub(crate) fn identifier(field: &'static str, id: &str) -> Result<(), ControlError> {
     filled(field, id)?;
     if id.len() > ID {
         return fault(field, What::Long { limit: ID });
@@ -148,7 +150,7 @@ fn identifier(field: &'static str, id: &str) -> Result<(), ControlError> {
     Ok(())
 }
 
-fn text(field: &'static str, text: &str, limit: usize) -> Result<(), ControlError> {
+pub(crate) fn text(field: &'static str, text: &str, limit: usize) -> Result<(), ControlError> {
     if text.len() > limit {
         return fault(field, What::Long { limit });
     }
@@ -158,27 +160,32 @@ fn text(field: &'static str, text: &str, limit: usize) -> Result<(), ControlErro
     Ok(())
 }
 
-fn filled(field: &'static str, text: &str) -> Result<(), ControlError> {
+pub(crate) fn filled(field: &'static str, text: &str) -> Result<(), ControlError> {
     if text.is_empty() {
         return fault(field, What::Empty);
     }
     Ok(())
 }
 
-fn list<T>(field: &'static str, list: &[T], limit: usize) -> Result<(), ControlError> {
+pub(crate) fn list<T>(field: &'static str, list: &[T], limit: usize) -> Result<(), ControlError> {
     if list.len() > limit {
         return fault(field, What::Many { limit });
     }
     Ok(())
 }
 
-fn range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ControlError> {
+pub(crate) fn range(
+    field: &'static str,
+    value: u64,
+    min: u64,
+    max: u64,
+) -> Result<(), ControlError> {
     if (min..=max).contains(&value) {
         return Ok(());
     }
     fault(field, What::Range { value, min, max })
 }
 
-fn fault(field: &'static str, what: What) -> Result<(), ControlError> {
+pub(crate) fn fault(field: &'static str, what: What) -> Result<(), ControlError> {
     Err(ControlError::Field { field, what })
 }

@@ -67,7 +67,12 @@ pub enum What {
 }
 
 impl ControlError {
-    pub(super) fn malformed(error: serde_json::Error) -> Self {
+    pub(crate) fn unknown(kind: &str) -> Self {
+        let kind = excerpt(kind);
+        Self::Unknown { kind }
+    }
+
+    pub(crate) fn malformed(error: serde_json::Error) -> Self {
         Self::Malformed {
             column: error.column(),
             reason: excerpt(&error.to_string()),

@@ -1,4 +1,4 @@
-//! Makes super-packets of the segments and datagrams of clients that have none.
+//! Makes super-packets of single segments and datagrams, for devices.
 //!
 //! One write to the TUN, one pass through the kernel's tables and one
 //! segmentation at the far end instead of forty-five. Only what can be cut
@@ -50,7 +50,7 @@ pub enum Offer {
 pub struct Coalesced {
     /// The headers; the packet's length is [`Parsed::len`].
     pub parsed: Parsed,
-    /// Nothing for a single segment, which is as it was offered.
+    /// For a single segment, which is as it was offered, what it was offered with.
     pub offload: Offload,
     /// Segments in it.
     pub segments: u32,
@@ -60,6 +60,8 @@ pub struct Coalesced {
 struct Pending {
     /// Of the first segment, with the length of all.
     parsed: Parsed,
+    /// Of the first segment.
+    offload: Offload,
     size: u16,
     segments: u32,
     /// The sequence number that has to come next; datagrams have none.
@@ -133,13 +135,21 @@ impl Coalescer {
         self.pending.is_none()
     }
 
-    /// Takes a validated, finished packet, or says what to do with it.
-    pub fn offer(&mut self, buffer: &mut [u8], packet: &[u8], parsed: &Parsed) -> Offer {
+    /// Takes a packet that was validated with this offload, or says what to do
+    /// with it.
+    pub fn offer(
+        &mut self,
+        buffer: &mut [u8],
+        packet: &[u8],
+        parsed: &Parsed,
+        offload: Offload,
+    ) -> Offer {
         let Some(packet) = packet.get(..parsed.len()) else {
             return Offer::Pass;
         };
+        let bulk = is_bulk(packet, parsed, offload, self.joins);
         let Some(pending) = &mut self.pending else {
-            return match begin(buffer, packet, parsed, self.joins) {
+            return match bulk.and_then(|bulk| begin(buffer, packet, parsed, &bulk)) {
                 Some(pending) => {
                     self.pending = Some(pending);
                     Offer::Taken
@@ -147,12 +157,17 @@ impl Coalescer {
                 None => Offer::Pass,
             };
         };
-        if pending.append(buffer, packet, parsed, self.joins).is_some() {
+        if let Some(bulk) = &bulk
+            && pending.append(buffer, packet, parsed, bulk).is_some()
+        {
             return Offer::Taken;
         }
         // Only one flow is collected, and the one that sends now is more likely
-        // to go on. What is no bulk of another flow does not disturb this one.
-        let begins = is_bulk(packet, parsed, self.joins).is_some_and(|bulk| bulk.begins());
+        // to go on. What is no bulk of another flow does not disturb this one,
+        // nor do small datagrams a stream.
+        let begins = bulk.is_some_and(|bulk| {
+            bulk.begins() && (bulk.payload >= MIN_SEGMENT || pending.sequence.is_none())
+        });
         if begins || pending.may_be_same_flow(buffer, packet, parsed) {
             Offer::Flush
         } else {
@@ -167,7 +182,7 @@ impl Coalescer {
         if pending.segments == 1 {
             return Some(Coalesced {
                 parsed,
-                offload: Offload::NONE,
+                offload: pending.offload,
                 segments: 1,
             });
         }
@@ -185,8 +200,7 @@ impl Coalescer {
     }
 }
 
-fn begin(buffer: &mut [u8], packet: &[u8], parsed: &Parsed, joins: Joins) -> Option<Pending> {
-    let bulk = is_bulk(packet, parsed, joins)?;
+fn begin(buffer: &mut [u8], packet: &[u8], parsed: &Parsed, bulk: &Bulk) -> Option<Pending> {
     if !bulk.begins() || !bulk.right(packet, parsed) {
         return None;
     }
@@ -194,6 +208,7 @@ fn begin(buffer: &mut [u8], packet: &[u8], parsed: &Parsed, joins: Joins) -> Opt
     buffer.get_mut(..packet.len())?.copy_from_slice(packet);
     Some(Pending {
         parsed: *parsed,
+        offload: bulk.offload,
         size: bulk.payload,
         segments: 1,
         sequence: bulk.sequence_after(),
@@ -209,9 +224,8 @@ impl Pending {
         buffer: &mut [u8],
         packet: &[u8],
         parsed: &Parsed,
-        joins: Joins,
+        bulk: &Bulk,
     ) -> Option<()> {
-        let bulk = is_bulk(packet, parsed, joins)?;
         let length = self.parsed.len.checked_add(bulk.payload)?;
         let ids = self.ids.then(packet)?;
         let fits = !self.closed
@@ -287,11 +301,12 @@ struct Bulk {
     sequence: Option<u32>,
     payload: u16,
     pushed: bool,
+    offload: Offload,
 }
 
-fn is_bulk(packet: &[u8], parsed: &Parsed, joins: Joins) -> Option<Bulk> {
+fn is_bulk(packet: &[u8], parsed: &Parsed, offload: Offload, joins: Joins) -> Option<Bulk> {
     let payload = parsed.len - parsed.header_len;
-    if !parsed.is_plain() || payload == 0 {
+    if !parsed.is_plain() || payload == 0 || offload.gso_type != gso_type::NONE {
         return None;
     }
     match parsed.transport() {
@@ -301,14 +316,20 @@ fn is_bulk(packet: &[u8], parsed: &Parsed, joins: Joins) -> Option<Bulk> {
                 sequence: Some(sequence(packet, parsed.l4())?),
                 payload,
                 pushed: flags & tcp_flag::PSH != 0,
+                offload,
             })
         }
         // One without a checksum would come out with one.
-        Transport::Udp { .. } if joins.udp && word(packet, parsed.sum_at()?)? != 0 => Some(Bulk {
-            sequence: None,
-            payload,
-            pushed: false,
-        }),
+        Transport::Udp { .. }
+            if joins.udp && (offload.partial || word(packet, parsed.sum_at()?)? != 0) =>
+        {
+            Some(Bulk {
+                sequence: None,
+                payload,
+                pushed: false,
+                offload,
+            })
+        }
         Transport::Tcp { .. }
         | Transport::Udp { .. }
         | Transport::Icmp(_)
@@ -324,14 +345,15 @@ impl Bulk {
         self.sequence.map(after)
     }
 
-    /// A segment that ends its stretch is no beginning of one, and small ones are not worth it.
+    /// A segment that ends its stretch is no beginning of one, and small ones are
+    /// not worth it. Datagrams are: their senders seldom make fewer of them.
     fn begins(&self) -> bool {
-        !self.pushed && self.payload >= MIN_SEGMENT
+        !self.pushed && (self.payload >= MIN_SEGMENT || self.sequence.is_none())
     }
 
-    /// A wrong checksum must not become a right one.
+    /// A wrong checksum must not become a right one; a partial one is still to be made.
     fn right(&self, packet: &[u8], parsed: &Parsed) -> bool {
-        parsed.verified || transport_sum_is_right(parsed, packet)
+        parsed.verified || self.offload.partial || transport_sum_is_right(parsed, packet)
     }
 }
 

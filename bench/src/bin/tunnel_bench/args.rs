@@ -3,13 +3,18 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::road::ALL;
+
 pub(crate) const USAGE: &str = "\
 usage: tunnel_bench [--quick] [--rounds N] [--seconds S] [--peers NAME,...|none]
-                    [--idle N,...|0] [--limit S] [--json FILE] [--markdown FILE]
+                    [--ways NAME,...] [--parts tcp,udp] [--idle N,...|0] [--limit S]
+                    [--json FILE] [--markdown FILE]
   --quick     one short round and 100 idle clients, to see that it works
   --rounds    rounds, each measuring everything once (5)
   --seconds   counted for each TCP figure (1)
   --peers     openvpn, ocserv, wireguard-go, stunnel (all that are installed)
+  --ways      only these, as the tables call them, with - for a space
+  --parts     only these: tcp (with round trips), udp
   --idle      connected clients for the figures of idle ones (1000)
   --limit     ends the rounds after so many seconds (3600)";
 
@@ -26,6 +31,10 @@ pub(crate) struct Plan {
     pub(crate) trial: Duration,
     /// `None` is whichever are installed.
     pub(crate) peers: Option<Vec<String>>,
+    /// `None` is all.
+    pub(crate) ways: Option<Vec<String>>,
+    pub(crate) tcp: bool,
+    pub(crate) udp: bool,
     pub(crate) clients: Vec<usize>,
     pub(crate) limit: Duration,
     pub(crate) json: Option<PathBuf>,
@@ -46,6 +55,9 @@ impl Plan {
             idle: Duration::from_millis(if quick { 300 } else { 1000 }),
             trial: Duration::from_millis(if quick { 60 } else { 150 }),
             peers: None,
+            ways: None,
+            tcp: true,
+            udp: true,
             clients: vec![if quick { 100 } else { 1000 }],
             limit: Duration::from_secs(if quick { 75 } else { 3600 }),
             json: None,
@@ -65,6 +77,15 @@ impl Plan {
                 "--seconds" => plan.count = Duration::from_secs(number(60)?),
                 "--limit" => plan.limit = Duration::from_secs(number(86_400)?),
                 "--peers" => plan.peers = Some(peers(&value)?),
+                "--ways" => plan.ways = Some(ways(&value)?),
+                "--parts" => {
+                    let parts: Vec<&str> = value.split(',').collect();
+                    if let Some(other) = parts.iter().find(|p| !["tcp", "udp"].contains(p)) {
+                        return Err(format!("--parts '{other}': there are tcp and udp"));
+                    }
+                    plan.tcp = parts.contains(&"tcp");
+                    plan.udp = parts.contains(&"udp");
+                }
                 "--idle" => plan.clients = clients(&value)?,
                 "--json" => plan.json = Some(value.into()),
                 "--markdown" => plan.markdown = Some(value.into()),
@@ -86,6 +107,15 @@ fn peers(value: &str) -> Result<Vec<String>, String> {
             "'{other}' is no peer: there are {}",
             PEERS.join(", ")
         )),
+    }
+}
+
+fn ways(value: &str) -> Result<Vec<String>, String> {
+    let names: Vec<String> = value.split(',').map(str::to_owned).collect();
+    let known: Vec<String> = ALL.iter().map(|kind| kind.word()).collect();
+    match names.iter().find(|n| !known.contains(n)) {
+        None => Ok(names),
+        Some(other) => Err(format!("--ways '{other}': there are {}", known.join(", "))),
     }
 }
 

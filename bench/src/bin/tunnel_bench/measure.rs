@@ -28,8 +28,9 @@ const FIRST_CLIENT: u8 = 20;
 
 /// The ways that are asked for and can be had; why not, for the others.
 fn chosen(plan: &Plan, results: &mut Results) -> Vec<Kind> {
-    let wanted = |kind: &Kind| match (kind.peer(), &plan.peers) {
-        (Some(peer), Some(names)) => names.iter().any(|n| n == peer),
+    let wanted = |kind: &Kind| match (kind.peer(), &plan.peers, &plan.ways) {
+        (_, _, Some(ways)) => ways.contains(&kind.word()),
+        (Some(peer), Some(names), _) => names.iter().any(|n| n == peer),
         _ => true,
     };
     let mut kinds: Vec<Kind> = ALL.into_iter().filter(wanted).collect();
@@ -142,7 +143,7 @@ fn one(
         record(results, kind, "rtt.idle", round, &trips.1);
     }
     for way in Way::BOTH {
-        for streams in STREAMS {
+        for streams in STREAMS.into_iter().filter(|_| plan.tcp) {
             let tls = (kind == Kind::RawTls).then_some(tls);
             let load = || {
                 let listener = road.listener(stage);
@@ -166,7 +167,7 @@ fn one(
             std::thread::sleep(QUIET);
         }
     }
-    if packets {
+    if packets && plan.udp {
         let sizes = if plan.quick { &SIZES[..1] } else { &SIZES[..] };
         for size in sizes {
             for way in Way::BOTH {

@@ -63,6 +63,14 @@ impl Kind {
         }
     }
 
+    /// Its name as one word of a command line.
+    pub(crate) fn word(self) -> String {
+        self.name()
+            .to_lowercase()
+            .replace(" --", "-")
+            .replace(' ', "-")
+    }
+
     /// What a reader of the tables should know of it.
     pub(crate) fn what(self) -> &'static str {
         match self {

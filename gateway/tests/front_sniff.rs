@@ -1,0 +1,829 @@
+//! What a connection is taken for, on the real port: by its bytes, and not by
+//! how they come.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on says where by panicking"
+)]
+
+mod front_support;
+#[expect(dead_code, reason = "another test program uses the rest")]
+#[path = "../../proto/tests/greeting/mod.rs"]
+mod greeting;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use front_support::client::{ask, read_reply, read_to_end};
+use front_support::served::{Device, compare, serve, tls_device};
+use front_support::{Lab, NAME, PATIENCE, Setup};
+use futures_util::future::join_all;
+use greeting::{Greeting, list8, names, records};
+use rustls::HandshakeKind;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rvpn_gateway::config::Names;
+use rvpn_gateway::serve::table::Ending;
+use rvpn_gateway::serve::{Service, Visit};
+use rvpn_gateway::tls::Fingerprint;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsConnector;
+
+const DEVICE: &str = "app.example";
+/// Many connections from one address, none of which waits long.
+const ROOM: &str =
+    "[limits]\npending-per-address = 8192\nlogin-seconds = 5\nlogin-failures = 100000\n";
+const HASTE: &str = "[limits]\npending-per-address = 8192\nlogin-seconds = 1\n";
+
+/// What an alert looks like on the wire.
+fn alert(code: u8) -> Vec<u8> {
+    vec![21, 3, 1, 0, 2, 2, code]
+}
+
+/// The greeting of a real client.
+fn real_greeting(lab: &Lab, name: &str) -> Vec<u8> {
+    let name = ServerName::try_from(name.to_owned()).unwrap();
+    let config = lab.connector(rustls::ALL_VERSIONS).config().clone();
+    let mut bytes = Vec::new();
+    let mut half = rustls::ClientConnection::new(config, name).unwrap();
+    half.write_tls(&mut bytes).unwrap();
+    bytes
+}
+
+/// A device that wants to see these bytes, and them only.
+fn witness(lab: &Lab, bytes: &[u8]) -> Device {
+    let expected = Arc::new(bytes.to_vec());
+    serve(
+        &lab.front.table,
+        DEVICE,
+        None,
+        Ending::There,
+        move |_, io| compare(io, Arc::clone(&expected)),
+    )
+}
+
+/// Sends pieces, each in a segment of its own.
+async fn drip(io: &mut TcpStream, pieces: impl Iterator<Item = &[u8]>) {
+    io.set_nodelay(true).unwrap();
+    for piece in pieces {
+        // Whoever is refused early closes early.
+        if io.write_all(piece).await.is_err() {
+            return;
+        }
+        sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Sends these bytes and waits for the end of the answer.
+async fn exchange(lab: &Lab, bytes: &[u8]) -> Vec<u8> {
+    let mut io = lab.tcp().await;
+    io.write_all(bytes).await.unwrap();
+    read_to_end(&mut io).await
+}
+
+#[tokio::test]
+async fn pro_02_a_greeting_in_any_segments_goes_to_the_same_device_untouched() {
+    let lab = Lab::and(ROOM).await;
+    let bytes = real_greeting(&lab, DEVICE);
+    let device = witness(&lab, &bytes);
+    let cuts = (1..bytes.len()).map(|cut| {
+        let (lab, bytes) = (&lab, &bytes);
+        async move {
+            let mut io = lab.tcp().await;
+            drip(&mut io, [&bytes[..cut], &bytes[cut..]].into_iter()).await;
+            assert_eq!(read_to_end(&mut io).await, b"same", "cut at {cut}");
+        }
+    });
+    // So many at once as one account may have.
+    let mut cuts = cuts.collect::<Vec<_>>();
+    while !cuts.is_empty() {
+        let some = cuts.split_off(cuts.len().saturating_sub(400));
+        join_all(some).await;
+    }
+    assert_eq!(device.visits(), bytes.len() - 1);
+    let mut io = lab.tcp().await;
+    drip(&mut io, bytes.chunks(1)).await;
+    assert_eq!(read_to_end(&mut io).await, b"same", "byte by byte");
+}
+
+#[tokio::test]
+async fn pro_02_a_greeting_in_any_records_is_routed_the_same() {
+    let lab = Lab::and(ROOM).await;
+    for (name, served) in [(DEVICE, true), (NAME, false)] {
+        let whole = real_greeting(&lab, name);
+        // Behind the header of its only record.
+        let message = &whole[5..];
+        let two = (1..message.len()).step_by(7).map(|cut| {
+            let mut bytes = records(&message[..cut], usize::MAX);
+            bytes.extend(records(&message[cut..], usize::MAX));
+            bytes
+        });
+        let small = [1, 2, 3, 5, 64].map(|most| records(message, most));
+        for bytes in two.chain(small) {
+            if served {
+                let _device = witness(&lab, &bytes);
+                assert_eq!(exchange(&lab, &bytes).await, b"same");
+            } else {
+                // TLS ends here: the answer is a greeting too.
+                let mut io = lab.tcp().await;
+                io.write_all(&bytes).await.unwrap();
+                let mut first = [0; 6];
+                timeout(PATIENCE, io.read_exact(&mut first))
+                    .await
+                    .unwrap()
+                    .unwrap();
+                assert_eq!((first[0], first[5]), (22, 2), "{} records", bytes.len());
+            }
+        }
+    }
+    // As long as can be, and with many extensions.
+    let long = Greeting::of(DEVICE.as_bytes()).long(16 * 1024).bytes();
+    let mut many = Greeting::of(DEVICE.as_bytes());
+    for n in 0..100 {
+        many = many.with(0x5000 + n, vec![1]);
+    }
+    for bytes in [long, many.bytes()] {
+        let _device = witness(&lab, &bytes);
+        assert_eq!(exchange(&lab, &bytes).await, b"same");
+    }
+}
+
+/// Beginnings of all protocols, and what is answered to each when nobody but
+/// the gateway is there.
+fn beginnings(lab: &Lab) -> Vec<(&'static str, Vec<u8>)> {
+    let request = format!("GET / HTTP/1.1\r\nHost: {NAME}\r\nConnection: close\r\nX-Pad: ");
+    vec![
+        ("tls", real_greeting(lab, NAME)),
+        ("http", [request.as_bytes(), &[b'x'; 80]].concat()),
+        (
+            "http2",
+            [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &[0; 60]].concat(),
+        ),
+        ("ssh", [&b"SSH-2.0-OpenSSH_9.6 "[..], &[b'c'; 60]].concat()),
+        ("ssl2", [&b"\x80\x2e\x01\x00\x02"[..], &[5; 60]].concat()),
+        ("other", vec![b'#'; 64]),
+        (
+            "proxy",
+            b"PROXY TCP4 1.2.3.4 5.6.7.8 1000 443\r\n123456789012345678901234567890".to_vec(),
+        ),
+        (
+            "proxy2",
+            [&b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c"[..], &[1; 60]].concat(),
+        ),
+    ]
+}
+
+/// Descriptors of this process.
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[tokio::test]
+async fn pro_03_an_end_at_any_byte_leaves_nothing_behind() {
+    let lab = Lab::and(HASTE).await;
+    let _device = tls_device(&lab.front.table, DEVICE);
+    // Whatever is opened once is open now.
+    let _warm = lab
+        .request(&format!("GET / HTTP/1.1\r\nHost: {NAME}\r\n\r\n"))
+        .await;
+    let before = settled(&lab, 0).await;
+    for (what, bytes) in beginnings(&lab) {
+        let ends = (0..=64_usize).flat_map(|end| [(end, true), (end, false)]);
+        let all = ends.map(|(end, fin)| {
+            let (lab, bytes) = (&lab, &bytes);
+            async move {
+                let mut io = lab.tcp().await;
+                drip(&mut io, bytes[..end].chunks(1)).await;
+                if fin {
+                    drop(io.shutdown().await);
+                    read_to_end(&mut io).await
+                } else {
+                    // Closing with linger zero resets.
+                    io.set_zero_linger().unwrap();
+                    Vec::new()
+                }
+            }
+        });
+        let answers = join_all(all).await;
+        for (n, answer) in answers.iter().enumerate() {
+            // A request that is not whole gets no page, and nobody gets a session.
+            assert!(!answer.starts_with(b"HTTP/1.1 2"), "{what} {n}");
+            assert!(!answer.starts_with(b"HTTP/1.1 1"), "{what} {n}");
+        }
+    }
+    assert!(
+        settled(&lab, before).await <= before,
+        "descriptors are left"
+    );
+    assert_eq!(lab.echo.count(), 0);
+}
+
+/// Waits until no stranger is left and there are at most so many descriptors.
+async fn settled(lab: &Lab, most: usize) -> usize {
+    let start = Instant::now();
+    loop {
+        let now = descriptors();
+        let quiet = lab.front.pending.count() == 0;
+        if quiet && (most == 0 || now <= most) || start.elapsed() > PATIENCE {
+            assert!(quiet, "{} strangers are left", lab.front.pending.count());
+            return now;
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn pro_03_byte_by_byte_or_at_once_the_answer_is_the_same() {
+    let lab = Lab::and(ROOM).await;
+    let kinds = beginnings(&lab);
+    let both = kinds.iter().map(|(what, bytes)| {
+        let lab = &lab;
+        async move {
+            let at_once = exchange(lab, bytes).await;
+            let mut io = lab.tcp().await;
+            drip(&mut io, bytes.chunks(1)).await;
+            (*what, at_once, read_to_end(&mut io).await)
+        }
+    });
+    for (what, at_once, dripped) in join_all(both).await {
+        // What TLS says is random; that it is said is not.
+        let same = |answer: &[u8]| answer.get(..6).map(<[u8]>::to_vec);
+        assert_eq!(same(&dripped), same(&at_once), "{what}");
+        match what {
+            "tls" => assert_eq!(at_once[..3], [22, 3, 3]),
+            "http" => assert!(at_once.starts_with(b"HTTP/1.1 408"), "half a request"),
+            "http2" => assert!(at_once.ends_with(&[0, 0, 0, 13]), "{at_once:?}"),
+            "ssl2" => assert_eq!(at_once, alert(70)),
+            _ => assert!(at_once.is_empty(), "{what}: {at_once:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn pro_03_whoever_does_not_say_what_it_is_goes_in_time() {
+    let lab = Lab::and(HASTE).await;
+    let start = Instant::now();
+    let greeting = real_greeting(&lab, NAME);
+    let waiting = [
+        &b""[..],
+        b"\x16",
+        b"GE",
+        b"SSH",
+        b"PRI",
+        b"\x80\x2e",
+        &greeting[..40],
+        &greeting[..greeting.len() - 1],
+    ];
+    let all = waiting.map(|bytes| exchange(&lab, bytes));
+    for answer in join_all(all).await {
+        assert!(answer.is_empty(), "{answer:?}");
+    }
+    assert!(
+        start.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn pro_05_an_odd_name_never_leads_to_a_tenant() {
+    let lab = Lab::and(ROOM).await;
+    let answers = |io| compare(io, Arc::new(vec![22]));
+    // Somebody serves everything there is to serve.
+    let exact = serve(
+        &lab.front.table,
+        DEVICE,
+        None,
+        Ending::There,
+        move |_, io| answers(io),
+    );
+    let below = serve(
+        &lab.front.table,
+        "*.b.example",
+        None,
+        Ending::There,
+        move |_, io| answers(io),
+    );
+    let label = vec![b'a'; 63];
+    let long = [&label[..], &label, &label, &label, b"b.example"].join(&b'.');
+    let odd: Vec<Vec<u8>> = [
+        &b""[..],
+        b".",
+        b"app.example\0",
+        b"app\0.example",
+        b"\0app.example",
+        b"app.example:443",
+        b"app.example..",
+        b".app.example",
+        b"app..example",
+        b"*.b.example",
+        b"*.example",
+        b"b\xc3\xbccher.b.example",
+        b"\xff.b.example",
+        b"app.example/",
+        b"a b.b.example",
+        b"-.b.example",
+        &long,
+        &[b'a'; 255],
+        &[b'a'; 256],
+    ]
+    .map(|name| Greeting::of(name).bytes())
+    .to_vec();
+    let doubled = [
+        Greeting::new().with(0, names(&[b"app.example", b"x.b.example"])),
+        Greeting::new().with(0, names(&[b"app.example", b"app.example"])),
+        Greeting::of(b"app.example").with(0, names(&[b"app.example"])),
+        Greeting::new().with(0, names(&[])),
+        Greeting::new().with(0, Vec::new()),
+    ];
+    let refused = odd.into_iter().chain(doubled.iter().map(Greeting::bytes));
+    for bytes in refused {
+        let answer = exchange(&lab, &bytes).await;
+        assert_eq!(answer.len(), 7, "{answer:?}");
+        assert_eq!(answer[..6], [21, 3, 1, 0, 2, 2]);
+    }
+    // Names that nobody serves, and addresses, are the gateway's own.
+    for name in [
+        "b.example",
+        "other.example",
+        "app.example.com",
+        "127.0.0.1",
+        "pp.example",
+    ] {
+        let bytes = Greeting::of(name.as_bytes()).bytes();
+        let answer = exchange(&lab, &bytes).await;
+        // This greeting offers no key: TLS asks again or says so itself.
+        assert!(
+            matches!(answer.first(), Some(21 | 22)) && answer != b"same",
+            "{name} {answer:?}"
+        );
+    }
+    assert_eq!((exact.visits(), below.visits()), (0, 0));
+    // One canonical form leads there, whatever is around it.
+    for name in ["app.example", "APP.Example", "app.example."] {
+        let greased = Greeting::of(name.as_bytes())
+            .with(0x0a0a, Vec::new())
+            .with(0xfe0d, vec![7; 200])
+            .with(0xfafa, vec![0]);
+        assert_eq!(exchange(&lab, &greased.bytes()).await, b"same", "{name}");
+    }
+    for name in ["x.b.example", "X.Y.B.example."] {
+        assert_eq!(
+            exchange(&lab, &Greeting::of(name.as_bytes()).bytes()).await,
+            b"same"
+        );
+    }
+    assert_eq!((exact.visits(), below.visits()), (3, 2));
+}
+
+#[tokio::test]
+async fn pro_05_a_name_of_the_gateway_is_nobody_elses() {
+    let lab = Lab::and(ROOM).await;
+    // It was a client's, until the gateway took the name for itself.
+    let former = serve(
+        &lab.front.table,
+        "later.test",
+        None,
+        Ending::There,
+        |_, io| compare(io, Arc::new(vec![22])),
+    );
+    let mut config = (*lab.front.config()).clone();
+    config.names = Names::new(vec![NAME.to_owned(), "later.test".to_owned()]).unwrap();
+    lab.front.configure(Arc::new(config));
+    let (shown, _io) = any(&lab, "later.test").await;
+    assert_eq!(Fingerprint::of(&shown), lab.front.tls.fingerprint());
+    assert_eq!(former.visits(), 0);
+}
+
+#[tokio::test]
+async fn pro_06_old_versions_get_an_alert_and_the_end() {
+    let lab = Lab::and(ROOM).await;
+    let device = serve(&lab.front.table, DEVICE, None, Ending::There, |_, io| {
+        compare(io, Arc::new(vec![22]))
+    });
+    let ssl2 = b"\x80\x2e\x01\x00\x02\x00\x15\x00\x00\x00\x10\x01\x00\x80\x02\x00\x80";
+    let mut all = vec![ssl2.to_vec()];
+    for name in [DEVICE, NAME] {
+        for version in [0x0300, 0x0301, 0x0302] {
+            let greeting = Greeting {
+                version,
+                ..Greeting::of(name.as_bytes())
+            };
+            all.push(greeting.without(43).bytes());
+        }
+        // The same said by the extension.
+        let said = Greeting::of(name.as_bytes()).without(43);
+        all.push(said.with(43, list8(&[3, 2, 3, 1])).bytes());
+    }
+    for bytes in all {
+        assert_eq!(exchange(&lab, &bytes).await, alert(70), "{bytes:?}");
+    }
+    assert_eq!(device.visits(), 0);
+}
+
+/// Extensions without which nobody can agree on keys in TLS 1.2.
+fn agreeable(suite: u16) -> Greeting {
+    let greeting = Greeting::of(NAME.as_bytes())
+        .without(43)
+        .with(10, vec![0, 4, 0, 0x1d, 0, 0x17])
+        .with(11, vec![1, 0])
+        .with(13, vec![0, 6, 4, 3, 8, 4, 4, 1])
+        .with(23, Vec::new());
+    Greeting {
+        suites: vec![suite],
+        ..greeting
+    }
+}
+
+#[tokio::test]
+async fn pro_01_only_suites_that_authenticate_what_they_encrypt() {
+    let lab = Lab::and(HASTE).await;
+    // CBC, RC4, 3DES, none at all, export, without forward secrecy, anonymous.
+    let weak = [
+        0xc009, 0xc00a, 0xc013, 0xc014, 0xc023, 0xc024, 0xc027, 0xc028, 0xc007, 0xc011, 0xc008,
+        0xc012, 0x0005, 0x000a, 0x002f, 0x0035, 0x003c, 0x003d, 0x009c, 0x009d, 0x0000, 0x0001,
+        0x0003, 0xc006, 0xc010, 0x0034, 0xc018, 0xc0ac, 0xc0ae,
+    ];
+    for suite in weak {
+        let answer = exchange(&lab, &agreeable(suite).bytes()).await;
+        assert_eq!(
+            (answer.first(), answer.get(6)),
+            (Some(&21), Some(&40)),
+            "{suite:04x}"
+        );
+    }
+    for suite in [0xc02b_u16, 0xc02c, 0xcca9] {
+        let mut io = lab.tcp().await;
+        io.write_all(&agreeable(suite).bytes()).await.unwrap();
+        let mut answer = [0; 80];
+        timeout(PATIENCE, io.read_exact(&mut answer))
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!((answer[0], answer[5]), (22, 2), "{suite:04x}");
+        // Behind version, random and session.
+        let at = 11 + 32 + 1 + usize::from(answer[43]);
+        assert_eq!(answer[at..at + 2], suite.to_be_bytes());
+    }
+}
+
+#[tokio::test]
+async fn pro_01_the_state_machine_is_not_led_astray() {
+    let lab = Lab::and(HASTE).await;
+    let hello = real_greeting(&lab, NAME);
+    let record = |kind: u8, content: &[u8]| {
+        let mut bytes = vec![kind, 3, 3];
+        bytes.extend(u16::try_from(content.len()).unwrap().to_be_bytes());
+        bytes.extend(content);
+        bytes
+    };
+    // Behind a good greeting: everything that must not come there.
+    let wrong = [
+        record(23, b"GET / HTTP/1.1\r\n\r\n"),
+        record(22, &[20, 0, 0, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        record(22, &hello[5..]),
+        record(22, &[0, 0, 0, 0]),
+        record(99, b"x"),
+        record(22, &[]),
+        vec![23, 3, 3, 0xff, 0xff],
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+        record(20, &[2]),
+    ];
+    for (n, wrong) in wrong.iter().enumerate() {
+        let answer = exchange(&lab, &[&hello[..], wrong].concat()).await;
+        let text = String::from_utf8_lossy(&answer).into_owned();
+        assert!(
+            !text.contains("HTTP/1.1"),
+            "{n}: a request without keys was answered"
+        );
+        // A server's greeting may come first; the end comes by an alert or the deadline.
+        let first = answer.first().copied().unwrap_or(21);
+        assert!((20..=22).contains(&first), "{n}: {first}");
+    }
+    // And the next one is served.
+    assert_eq!(lab.try_token(&lab.ops.good()).await, 101);
+}
+
+#[tokio::test]
+async fn pro_07_nothing_is_resumed_and_nothing_comes_early() {
+    let lab = Lab::and(ROOM).await;
+    for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
+        let mut config = (**lab.connector(&[version]).config()).clone();
+        config.enable_early_data = true;
+        let connector = TlsConnector::from(Arc::new(config));
+        for turn in 0..3 {
+            let name = ServerName::try_from(NAME).unwrap();
+            let mut io = connector.connect(name, lab.tcp().await).await.unwrap();
+            // What a client wants to send early is sent when keys are there.
+            let request = format!("GET / HTTP/1.1\r\nHost: {NAME}\r\n\r\n");
+            assert_eq!(ask(&mut io, &request).await.status, 200);
+            let session = io.get_ref().1;
+            assert!(!session.is_early_data_accepted(), "{version:?} {turn}");
+            assert_eq!(
+                session
+                    .handshake_kind()
+                    .map(|k| k == HandshakeKind::Resumed),
+                Some(false)
+            );
+            assert_eq!(session.tls13_tickets_received(), 0);
+        }
+    }
+    // Early data that nobody agreed to.
+    let hello = real_greeting(&lab, NAME);
+    let mut early = hello.clone();
+    early.extend([23, 3, 3, 0, 64]);
+    early.extend([7; 64]);
+    let mut io = lab.tcp().await;
+    io.write_all(&early).await.unwrap();
+    let answer = read_to_end(&mut io).await;
+    assert!(!String::from_utf8_lossy(&answer).contains("HTTP/1.1"));
+}
+
+#[tokio::test]
+async fn pro_07_renegotiation_is_refused() {
+    let lab = Lab::and(HASTE).await;
+    let at = lab.at.to_string();
+    let talk = tokio::task::spawn_blocking(move || {
+        use std::io::Write;
+        let mut openssl = std::process::Command::new("openssl")
+            .args(["s_client", "-connect", &at, "-tls1_2", "-servername", NAME])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .expect("openssl, which every test machine has");
+        let mut to = openssl.stdin.take().unwrap();
+        // A line with this letter alone begins another handshake.
+        to.write_all(b"R\n").unwrap();
+        to.flush().unwrap();
+        let output = openssl.wait_with_output().unwrap();
+        drop(to);
+        let text = [output.stdout, output.stderr].concat();
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    let text = timeout(PATIENCE, talk).await.expect("an end").unwrap();
+    assert!(text.contains("RENEGOTIATING"), "{text}");
+    assert!(
+        text.contains("no renegotiation") || text.contains("alert"),
+        "{text}"
+    );
+    assert_eq!(lab.try_token(&lab.ops.good()).await, 101);
+}
+
+/// A client that believes this certificate only.
+fn believing(certificate: &CertificateDer<'static>) -> TlsConnector {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certificate.clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    TlsConnector::from(Arc::new(config))
+}
+
+#[tokio::test]
+async fn r_3_the_devices_own_certificate_is_what_a_visitor_sees() {
+    let lab = Lab::and(ROOM).await;
+    let (device, certificate) = tls_device(&lab.front.table, DEVICE);
+    let name = ServerName::try_from(DEVICE).unwrap();
+    let mut io = believing(&certificate)
+        .connect(name, lab.tcp().await)
+        .await
+        .unwrap();
+    io.write_all(b"hello").await.unwrap();
+    let mut answer = vec![0; DEVICE.len() + 7];
+    timeout(PATIENCE, io.read_exact(&mut answer))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(answer, b"app.example: hello");
+    assert_eq!(device.visits(), 1);
+    // With the device gone the name is nobody's: the gateway answers for itself.
+    drop((io, device));
+    let mut roots = lab.tcp().await;
+    let name = ServerName::try_from(DEVICE).unwrap();
+    let gone = believing(&certificate).connect(name, &mut roots).await;
+    assert!(gone.is_err(), "nobody else has the device's certificate");
+}
+
+#[tokio::test]
+async fn r_3_tls_ends_here_for_a_name_that_wants_it_with_its_own_certificate() {
+    let lab = Lab::and(ROOM).await;
+    let _device = serve(
+        &lab.front.table,
+        "soft.example",
+        Some(Service::Http),
+        Ending::Here,
+        |_, _| async {},
+    );
+    let _there = serve(
+        &lab.front.table,
+        "plain.example",
+        Some(Service::Http),
+        Ending::There,
+        |_, _| async {},
+    );
+    for name in ["soft.example", "plain.example"] {
+        let mut seen = Vec::new();
+        for _ in 0..2 {
+            let (made, io) = any(&lab, name).await;
+            seen.push(made);
+            drop(io);
+        }
+        assert_eq!(seen[0], seen[1], "it is kept");
+        let (_, own) = (0, lab.front.tls.fingerprint());
+        assert_ne!(Fingerprint::of(&seen[0]), own);
+    }
+    // A name that nobody serves is shown the gateway's own.
+    let (shown, _io) = any(&lab, "other.example").await;
+    assert_eq!(Fingerprint::of(&shown), lab.front.tls.fingerprint());
+    // One that was put there goes before both, and is gone when it is taken away.
+    let made = rcgen::generate_simple_self_signed(vec!["soft.example".to_owned()]).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::Pkcs8(made.signing_key.serialize_der().into());
+    let put = rvpn_gateway::tls::certified(vec![made.cert.der().clone()], key).unwrap();
+    let name = rvpn_proto::name::Name::parse("soft.example").unwrap();
+    let until = std::time::SystemTime::now() + Duration::from_secs(60);
+    lab.front.tls.put(name.clone(), put, until);
+    assert_eq!(any(&lab, "soft.example").await.0, *made.cert.der());
+    assert!(lab.front.tls.remove(&name));
+    assert_ne!(any(&lab, "soft.example").await.0, *made.cert.der());
+}
+
+#[tokio::test]
+async fn an_authority_that_checks_a_name_sees_the_challenge_and_nothing_else() {
+    let lab = Lab::and(ROOM).await;
+    let (device, _) = tls_device(&lab.front.table, DEVICE);
+    let made = rcgen::generate_simple_self_signed(vec!["own.example".to_owned()]).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::Pkcs8(made.signing_key.serialize_der().into());
+    let put = rvpn_gateway::tls::certified(vec![made.cert.der().clone()], key).unwrap();
+    let name = rvpn_proto::name::Name::parse("own.example").unwrap();
+    lab.front.tls.challenge(name.clone(), put);
+    let (shown, mut io) = offering(&lab, "own.example", b"acme-tls/1").await.unwrap();
+    assert_eq!(shown, *made.cert.der());
+    assert_eq!(io.get_ref().1.alpn_protocol(), Some(&b"acme-tls/1"[..]));
+    assert!(read_to_end(&mut io).await.is_empty());
+    // Others see what they always see.
+    assert_ne!(any(&lab, "own.example").await.0, *made.cert.der());
+    lab.front.tls.end_challenge(&name);
+    assert!(offering(&lab, "own.example", b"acme-tls/1").await.is_err());
+    // A device answers for its own name.
+    drop(offering(&lab, DEVICE, b"acme-tls/1").await);
+    assert_eq!(device.visits(), 1);
+}
+
+type Shown = (
+    CertificateDer<'static>,
+    tokio_rustls::client::TlsStream<TcpStream>,
+);
+
+async fn any(lab: &Lab, name: &str) -> Shown {
+    offering(lab, name, b"http/1.1").await.unwrap()
+}
+
+/// Connects believing anybody, as far as signatures are right.
+async fn offering(lab: &Lab, name: &str, protocol: &[u8]) -> std::io::Result<Shown> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
+        .with_no_client_auth();
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let name = ServerName::try_from(name.to_owned()).unwrap();
+    let io = TlsConnector::from(Arc::new(config))
+        .connect(name, lab.tcp().await)
+        .await?;
+    let shown = io.get_ref().1.peer_certificates().unwrap()[0].clone();
+    Ok((shown, io))
+}
+
+#[derive(Debug)]
+struct Anybody(Arc<rustls::crypto::CryptoProvider>);
+
+impl rustls::client::danger::ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        let known = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, certificate, signed, known)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        let known = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signed, known)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Greets first, then repeats.
+async fn speaks_first(visit: Visit, mut io: tokio::io::DuplexStream) {
+    let line = format!("220 {} on {}\r\n", visit.service, visit.port != 0);
+    drop(io.write_all(line.as_bytes()).await);
+    let mut bytes = [0; 64];
+    while let Ok(n @ 1..) = io.read(&mut bytes).await {
+        if io.write_all(&bytes[..n]).await.is_err() {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn r_26_ssh_and_unknown_protocols_go_where_the_configuration_says() {
+    let lab = Lab::and(format!(
+        "{ROOM}[front]\ndefault-service = \"box.example\"\nssh = \"shell.example\"\nsilent = \"mail.example\"\n"
+    ))
+    .await;
+    let table = &lab.front.table;
+    let ssh = serve(
+        table,
+        "shell.example",
+        Some(Service::Ssh),
+        Ending::There,
+        speaks_first,
+    );
+    let other = serve(
+        table,
+        "box.example",
+        Some(Service::Tcp),
+        Ending::There,
+        speaks_first,
+    );
+    let silent = serve(table, "mail.example", None, Ending::There, speaks_first);
+    for (sent, greeted) in [
+        (&b"SSH-2.0-x\r\n"[..], "220 ssh on true\r\n"),
+        (b"\0\x01binary", "220 tcp on true\r\n"),
+        (b"", "220 tcp on true\r\n"),
+    ] {
+        let mut io = lab.tcp().await;
+        io.write_all(sent).await.unwrap();
+        eprintln!("{sent:?}");
+        let mut answer = vec![0; greeted.len() + sent.len()];
+        timeout(PATIENCE, io.read_exact(&mut answer))
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(answer, [greeted.as_bytes(), sent].concat());
+    }
+    assert_eq!((ssh.visits(), other.visits(), silent.visits()), (1, 1, 1));
+    // HTTP and TLS are never theirs, however slowly they begin.
+    let mut io = lab.tcp().await;
+    let request = format!("GET / HTTP/1.1\r\nHost: {NAME}\r\n\r\n");
+    drip(&mut io, request.as_bytes().chunks(1)).await;
+    assert_eq!(read_reply(&mut io).await.status, 200);
+    // Nobody there: closed, and nobody else is asked.
+    drop(ssh);
+    assert!(exchange(&lab, b"SSH-2.0-x\r\n").await.is_empty());
+    assert_eq!((other.visits(), silent.visits()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_listener_for_one_protocol_refuses_the_others() {
+    let tls = Lab::with(Setup {
+        listener: "mode = \"tls\"\n",
+        more: HASTE.into(),
+    })
+    .await;
+    for odd in [
+        &b"GET / HTTP/1.1\r\nHost: vpn.test\r\n\r\n"[..],
+        b"SSH-2.0-x\r\n",
+        b"#",
+    ] {
+        assert_eq!(exchange(&tls, odd).await, alert(10), "{odd:?}");
+    }
+    assert_eq!(tls.try_token(&tls.ops.good()).await, 101);
+    let plain = Lab::with(Setup {
+        listener: "mode = \"plain\"\n",
+        more: HASTE.into(),
+    })
+    .await;
+    let (device, _) = tls_device(&plain.front.table, DEVICE);
+    let answer = exchange(&plain, &real_greeting(&plain, DEVICE)).await;
+    assert!(!answer.starts_with(&[22]), "{answer:?}");
+    assert_eq!(device.visits(), 0);
+}

@@ -1,0 +1,210 @@
+//! `rvpn serve` with the real programs: what the world sees of a machine.
+
+use std::process::Command;
+use std::time::Duration;
+
+use rvpn_lab::gateway::Gateway;
+use rvpn_lab::machine::Machine;
+use rvpn_lab::serving::{Identity, SOON, echo, noise, tls_server, visit};
+use rvpn_lab::topology::{GW4, at};
+use rvpn_lab::{Helper, Lab, wait_until};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::timeout;
+
+const SHOP: &str = "shop.example";
+
+fn scene() -> (Lab, Helper, Gateway, Machine) {
+    let lab = Lab::new();
+    let helper = Helper::serving(&lab, "");
+    let gateway = Gateway::start(&lab, &helper, "");
+    let phone = Machine::new(&lab, "phone", 10);
+    (lab, helper, gateway, phone)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_visitor_sees_the_servers_own_certificate() {
+    let (lab, _helper, gateway, phone) = scene();
+    let identity = Identity::of(SHOP);
+    tls_server(
+        &phone.ns,
+        "127.0.0.1:8443",
+        &identity,
+        |mut tls| async move {
+            let mut request = [0; 1024];
+            let n = tls.read(&mut request).await.expect("a request");
+            assert!(request[..n].starts_with(b"GET /hello"));
+            let answer =
+                "HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\nfrom home";
+            tls.write_all(answer.as_bytes()).await.expect("an answer");
+            tls.shutdown().await.expect("an end");
+        },
+    );
+    let login = phone.login(&gateway, "alice", &[SHOP], &[]);
+    let mut serve = phone.serving(&login, &["tls://:8443"]);
+    let serving = &serve.events("serving")[0];
+    assert_eq!(serving["urls"][0], format!("https://{SHOP}"));
+    let pem = lab.dir.join("shop.pem");
+    std::fs::write(&pem, &identity.pem).expect("certificate");
+    let mut curl = Command::new("curl");
+    curl.args(["-sS", "--max-time", "10", "--resolve"])
+        .arg(format!("{SHOP}:443:{GW4}"))
+        .arg("--cacert")
+        .arg(&pem)
+        .arg(format!("https://{SHOP}/hello"));
+    let output = lab.up.output(&mut curl);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "from home",
+        "{said}"
+    );
+    let visitor = serve.until("visitor");
+    assert_eq!(visitor["name"], SHOP);
+    assert_eq!(visitor["target"], "tls://127.0.0.1:8443");
+    let left = serve.until("left");
+    assert!(left["sent"].as_u64().is_some_and(|n| n > 500), "{left}");
+    // Listed like every session, and its wire is metered.
+    let row = gateway.sessions().remove(0);
+    assert_eq!(
+        (&row["service"], &row["account"]),
+        (&"streams".into(), &"alice".into())
+    );
+    assert!(
+        row["inbound"]["wire"].as_u64().is_some_and(|n| n > 1000),
+        "{row}"
+    );
+    assert_eq!(serve.interrupt(), 0);
+    wait_until("the session is gone", || gateway.sessions().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn two_hundred_megabytes_go_both_ways_at_once_and_stay_the_same() {
+    const WHOLE: usize = 200_000_000;
+    let (lab, _helper, gateway, phone) = scene();
+    let identity = Identity::of(SHOP);
+    tls_server(&phone.ns, "127.0.0.1:8443", &identity, echo);
+    let login = phone.login(&gateway, "alice", &[SHOP], &[]);
+    let serve = phone.serving(&login, &["tls://:8443"]);
+    let visitor = visit(&lab.up, SHOP, &identity).await;
+    let (mut reader, mut writer) = tokio::io::split(visitor);
+    let sent = noise(7, 1 << 20);
+    let expected = sent.clone();
+    let begun = std::time::Instant::now();
+    let writing = tokio::spawn(async move {
+        let mut left = WHOLE;
+        while left > 0 {
+            let n = left.min(sent.len());
+            writer.write_all(&sent[..n]).await.expect("a write");
+            left -= n;
+        }
+        writer.shutdown().await.expect("an end");
+    });
+    let mut got = 0;
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let n = timeout(SOON, reader.read(&mut buffer))
+            .await
+            .expect("in time")
+            .expect("a read");
+        if n == 0 {
+            break;
+        }
+        for byte in &buffer[..n] {
+            assert!(*byte == expected[got % (1 << 20)], "another byte at {got}");
+            got += 1;
+        }
+    }
+    writing.await.expect("written");
+    assert_eq!(got, WHOLE);
+    let took = begun.elapsed().as_secs_f64();
+    eprintln!("{:.0} MB/s each way", WHOLE as f64 / took / 1e6);
+    drop(serve);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_allowed_is_said_with_a_remedy_and_a_status() {
+    let (_lab, _helper, gateway, phone) = scene();
+    let login = phone.login(&gateway, "alice", &[SHOP], &[15432]);
+    let words = |more: &[&str]| {
+        let login = login.iter().map(String::as_str).collect::<Vec<_>>();
+        phone.rvpn(&[&["serve"], more, &login].concat())
+    };
+    for (target, code, why) in [
+        (
+            &["3000", "--name", "bob.example"][..],
+            77,
+            "this login may serve: shop.example",
+        ),
+        (&["3000", "--name", "a b"], 1, "a b"),
+        (
+            &["tcp:5432", "--port", "22"],
+            77,
+            "this login may serve on: 15432",
+        ),
+        (&["ftp://x:1"], 1, "'ftp://x:1' is nothing to serve"),
+        (
+            &["3000", "--name", "a", "--name", "b"],
+            1,
+            "--name b is one more",
+        ),
+        (&["3000", "--auth", "basic"], 1, "--auth-file"),
+    ] {
+        let said = words(target);
+        assert_eq!(said.code, code, "{target:?}: {said:?}");
+        assert!(said.err.contains(why), "{target:?}: {}", said.err);
+    }
+    // Nobody there at all.
+    let elsewhere = phone.rvpn(&[
+        "serve",
+        "3000",
+        "--server",
+        &at(GW4, 444),
+        "--token-file",
+        &login[3],
+    ]);
+    assert_eq!(elsewhere.code, 69, "{elsewhere:?}");
+    // Nothing is left of all these.
+    assert_eq!(
+        phone.rvpn(&["serve", "status"]).good(),
+        "nothing is served\n"
+    );
+    let left = std::fs::read_dir(phone.run_dir().join("serve")).map_or(0, Iterator::count);
+    assert_eq!(left, 0);
+    wait_until("no session is left", || gateway.sessions().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn serving_goes_on_in_the_background_until_it_is_stopped() {
+    let (lab, _helper, gateway, phone) = scene();
+    let identity = Identity::of(SHOP);
+    tls_server(&phone.ns, "127.0.0.1:8443", &identity, echo);
+    let login = phone.login(&gateway, "alice", &[SHOP], &[]);
+    let login = login.iter().map(String::as_str).collect::<Vec<_>>();
+    let begun = phone
+        .rvpn(&[&["serve", "tls://:8443", "--bg"], &login[..]].concat())
+        .good();
+    assert!(begun.contains(&format!("https://{SHOP}")), "{begun}");
+    let mut visitor = visit(&lab.up, SHOP, &identity).await;
+    visitor.write_all(b"hello").await.expect("a write");
+    let mut back = [0; 5];
+    timeout(SOON, visitor.read_exact(&mut back))
+        .await
+        .expect("in time")
+        .expect("a read");
+    let status = phone.rvpn(&["serve", "status", "--json"]).json();
+    assert_eq!(status["state"], "connected");
+    assert_eq!(status["visitors"]["open"], 1, "{status}");
+    assert_eq!(status["served"][0]["urls"][0], format!("https://{SHOP}"));
+    assert_eq!(phone.rvpn(&["serve", "stop"]).good(), "stopped 1\n");
+    let end = timeout(SOON, visitor.read(&mut back))
+        .await
+        .expect("in time");
+    assert!(matches!(end, Ok(0) | Err(_)));
+    assert_eq!(
+        phone.rvpn(&["serve", "stop"]).good(),
+        "nothing was served\n"
+    );
+    let left = std::fs::read_dir(phone.run_dir().join("serve")).expect("directory");
+    assert_eq!(left.count(), 0);
+    tokio::time::sleep(Duration::from_millis(1)).await;
+}
