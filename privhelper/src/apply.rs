@@ -39,16 +39,16 @@ pub(crate) fn survey(k: &mut Kernel, of: Option<u32>) -> io::Result<Survey> {
     let addresses: BTreeSet<(u32, IpNet)> = addresses.map(|f| (f.index, f.net)).collect();
     for l in links {
         let grouped = l.group == k.config.link_group;
-        match Device::read(&l.name, &l.alias, l.index) {
-            Some(d) if grouped && l.tun => {
+        match ours(&k.config, &l) {
+            Some(d) => {
                 let hosts = d.hosts(&k.config);
                 let [v4, v6] = hosts.map(|host| addresses.contains(&(d.index, host)));
                 // The IPv6 address comes with a lease.
                 let addressed = v4 && (v6 || d.lease.is_none());
                 found.ours.push((d, addressed && is_sound(&k.config, &l)));
             }
-            _ if plan::slot_of(&l.name).is_none() && !grouped => {}
-            _ => {
+            None if plan::slot_of(&l.name).is_none() && !grouped => {}
+            None => {
                 found.shared_group |= grouped;
                 found.foreign.push(l.name);
             }
@@ -56,6 +56,12 @@ pub(crate) fn survey(k: &mut Kernel, of: Option<u32>) -> io::Result<Survey> {
     }
     found.ours.sort_unstable_by_key(|d| d.0.slot);
     Ok(found)
+}
+
+/// The slot's device that a link is, by all that only we give to one.
+fn ours(c: &Config, l: &Link) -> Option<Device> {
+    let ours = l.tun && l.group == c.link_group;
+    Device::read(&l.name, &l.alias, l.index).filter(|_| ours)
 }
 
 /// Whether the link is a slot exactly as we make them, addresses aside.
@@ -193,11 +199,9 @@ pub(crate) fn recreate(k: &mut Kernel, d: Device) -> io::Result<Device> {
         link::delete(k, d.index)?;
     }
     // One made by an earlier try that failed later on is known by its tag alone.
-    if let Some(l) = link::named(k, &d.name())? {
-        let tagged = Device::read(&l.name, &l.alias, l.index).is_some();
-        if tagged && l.tun && l.group == k.config.link_group {
-            link::delete(k, l.index)?;
-        }
+    let left = link::named(k, &d.name())?;
+    if let Some(left) = left.and_then(|l| ours(&k.config, &l)) {
+        link::delete(k, left.index)?;
     }
     let made = create(k, &[d])?.pop();
     made.ok_or_else(|| io::Error::other("no device was made"))

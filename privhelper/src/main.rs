@@ -87,9 +87,13 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// What cannot be had at this place.
-fn unavailable(place: impl std::fmt::Display) -> impl Fn(io::Error) -> Failure {
-    move |e| Failure(UNAVAILABLE, format!("{place}: {e}"))
+/// What cannot be had at this place, or must not.
+fn unavailable(place: &Path) -> impl Fn(io::Error) -> Failure {
+    let code = |e: &io::Error| match e.kind() {
+        io::ErrorKind::AlreadyExists => BAD_CONFIG,
+        _ => UNAVAILABLE,
+    };
+    move |e| Failure(code(&e), format!("{}: {e}", place.display()))
 }
 
 fn main() -> ExitCode {
@@ -144,23 +148,18 @@ fn run() -> Result<(), Failure> {
 }
 
 /// Held while this process changes anything; the kernel lets go of it with the process.
-fn lock(config: &Config) -> Result<Flock<File>, Failure> {
-    let (state, path) = (&config.state, config.lock_path());
-    let open = || {
-        DirBuilder::new().recursive(true).create(state)?;
-        let mut options = OpenOptions::new();
-        options.create(true).truncate(false).write(true);
-        let file = options.open(&path)?;
-        if geteuid().is_root() {
-            chown(state, Some(config.helper.uid), Some(config.helper.gid))?;
-        }
-        Ok(file)
-    };
-    let file = open().map_err(unavailable(state.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
-        let remedy = "another rvpn-privhelper is running, stop it first";
-        Failure(BAD_CONFIG, format!("{} is held: {remedy}", path.display()))
-    })
+fn lock(config: &Config) -> io::Result<Flock<File>> {
+    let state = &config.state;
+    DirBuilder::new().recursive(true).create(state)?;
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).write(true);
+    let file = options.open(config.lock_path())?;
+    if geteuid().is_root() {
+        chown(state, Some(config.helper.uid), Some(config.helper.gid))?;
+    }
+    let held = "held: another rvpn-privhelper is running, stop it first";
+    let refused = |_| io::Error::new(io::ErrorKind::AlreadyExists, held);
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(refused)
 }
 
 /// Refuses a host that cannot carry the configuration, and says what is merely odd;
@@ -186,7 +185,7 @@ fn check(k: &mut Kernel, show: bool) -> Result<(), Failure> {
 }
 
 fn provision(config: &Arc<Config>) -> Result<(), Failure> {
-    let _lock = lock(config)?;
+    let _lock = lock(config).map_err(unavailable(&config.state))?;
     confine::drop_privileges(config)?;
     let mut k = Kernel::open(config)?;
     check(&mut k, false)?;
@@ -201,12 +200,14 @@ fn provision(config: &Arc<Config>) -> Result<(), Failure> {
 
 fn serve(config: Arc<Config>, passed: u64) -> Result<(), Failure> {
     // Let go of by the kernel, with the process: unlocking is no call the filter allows.
-    let _lock = ManuallyDrop::new(lock(&config)?);
+    let lock = lock(&config).map_err(unavailable(&config.state))?;
+    let _lock = ManuallyDrop::new(lock);
     let notify = notify::Notify::from_env();
     let listener = match passed {
-        0 => listen(&config)?,
-        _ => raw::passed(3).map_err(unavailable("the socket passed in"))?,
+        0 => listen(&config),
+        _ => raw::passed(3),
     };
+    let listener = listener.map_err(unavailable(&config.socket))?;
     confine::drop_privileges(&config)?;
     // The gateway checks who serves it: that is us as we are from now on, not root.
     seqpacket::listen_again(listener.as_fd(), BACKLOG)?;
@@ -215,38 +216,32 @@ fn serve(config: Arc<Config>, passed: u64) -> Result<(), Failure> {
 }
 
 /// A socket of our own in a directory others cannot write.
-fn listen(config: &Config) -> Result<OwnedFd, Failure> {
+fn listen(config: &Config) -> io::Result<OwnedFd> {
     let (path, root) = (&config.socket, geteuid().is_root());
     let gateway = Some(config.gateway.gid);
     let dir = path.parent().unwrap_or(Path::new("/"));
-    let prepared = || {
-        if !dir.exists() {
-            DirBuilder::new().recursive(true).create(dir)?;
-            if root {
-                chown(dir, None, gateway)?;
-            }
-            fs::set_permissions(dir, Permissions::from_mode(0o750))?;
+    if !dir.exists() {
+        DirBuilder::new().recursive(true).create(dir)?;
+        if root {
+            chown(dir, None, gateway)?;
         }
-        fs::symlink_metadata(dir)
-    };
-    let meta = prepared().map_err(unavailable(path.display()))?;
+        fs::set_permissions(dir, Permissions::from_mode(0o750))?;
+    }
+    let meta = fs::symlink_metadata(dir)?;
     let safe = meta.uid() == 0 || meta.uid() == geteuid().as_raw();
     if !meta.is_dir() || !safe || meta.mode() & 0o022 != 0 {
         let wanted = "must be a directory of root's that nobody else can write";
-        let text = format!("{}: {wanted}: chown root, chmod 0750", dir.display());
-        return Err(Failure(BAD_CONFIG, text));
+        let text = format!("{} {wanted}: chown root, chmod 0750", dir.display());
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
     }
-    let bound = || {
-        // The lock proves that whoever made a socket there is gone.
-        sysctl::if_there(fs::remove_file(path))?;
-        let listener = seqpacket::listen(path, BACKLOG)?;
-        if root {
-            chown(path, Some(config.helper.uid), gateway)?;
-        }
-        fs::set_permissions(path, Permissions::from_mode(0o660))?;
-        Ok(listener)
-    };
-    bound().map_err(unavailable(path.display()))
+    // The lock proves that whoever made a socket there is gone.
+    sysctl::if_there(fs::remove_file(path))?;
+    let listener = seqpacket::listen(path, BACKLOG)?;
+    if root {
+        chown(path, Some(config.helper.uid), gateway)?;
+    }
+    fs::set_permissions(path, Permissions::from_mode(0o660))?;
+    Ok(listener)
 }
 
 /// What is there by the kernel's account alone: no helper is asked, so none need be alive.
@@ -281,7 +276,7 @@ fn status(config: &Arc<Config>, json: bool) -> Result<(), Failure> {
 }
 
 fn teardown(config: &Arc<Config>) -> Result<(), Failure> {
-    let lock = lock(config)?;
+    let lock = lock(config).map_err(unavailable(&config.state))?;
     let (devices, sysctls, kept) = apply::teardown(&mut Kernel::open(config)?)?;
     drop(lock);
     // It is ours only when nothing else is in it.

@@ -109,7 +109,8 @@ impl Peers {
     }
 
     pub(super) fn greeted(&self) -> usize {
-        self.all.values().filter(|p| p.greeted() && !p.closed).count()
+        let open = self.all.values().filter(|p| !p.closed);
+        open.filter(|p| p.greeted()).count()
     }
 
     /// Sends to one that may be gone already. Our copy of the descriptor is closed here, at once.
