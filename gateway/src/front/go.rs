@@ -35,6 +35,10 @@ const GOAWAY: &[u8] = b"\0\0\0\x04\0\0\0\0\0\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0
 const MISDIRECTED: &[u8] =
     b"HTTP/1.1 421 Misdirected Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
 
+/// As an ancestor said it.
+const UNKNOWN: &[u8] =
+    b"{\"error\":{\"message\":\"this protocol is not known here\",\"code\":\"E_INVALID_PROTOCOL\"}}\n";
+
 /// Carries it out.
 pub(super) async fn go(front: Arc<Front>, raw: Raw, visitor: Visitor, way: Way, pass: PendingPass) {
     match way {
@@ -51,6 +55,7 @@ pub(super) async fn refuse(raw: Raw, refusal: Refusal) {
         Refusal::Alert(alert) => part(raw, &alert.record()).await,
         Refusal::NoHttp2 => part(raw, GOAWAY).await,
         Refusal::Misdirected => part(raw, MISDIRECTED).await,
+        Refusal::Unknown => part(raw, UNKNOWN).await,
         Refusal::Silence => {}
     }
 }
