@@ -7,6 +7,7 @@ mod acme;
 pub(crate) mod check;
 mod demo;
 mod front;
+pub mod import;
 mod log;
 mod nearest;
 mod net;
@@ -190,6 +191,18 @@ pub struct FrontSettings {
     pub other: Option<Name>,
     /// Those who wait to be spoken to.
     pub silent: Option<Name>,
+    /// What those hear whom nobody serves.
+    pub unknown: Unknown,
+}
+
+/// What is said to whoever speaks something that nobody here understands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unknown {
+    /// Nothing.
+    #[default]
+    Close,
+    /// That it is not understood, in JSON.
+    Json,
 }
 
 /// Where the admin API listens.

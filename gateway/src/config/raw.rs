@@ -104,6 +104,16 @@ pub(super) struct Front {
     pub(super) default_service: Option<String>,
     pub(super) ssh: Option<String>,
     pub(super) silent: Option<String>,
+    #[serde(default)]
+    pub(super) unknown: Unknown,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Unknown {
+    #[default]
+    Close,
+    Json,
 }
 
 #[derive(Debug, Deserialize)]

@@ -7,6 +7,7 @@
 
 mod driver;
 mod parts;
+mod serve;
 
 use std::fs;
 
