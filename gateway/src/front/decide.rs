@@ -86,7 +86,8 @@ fn tls(hello: &ClientHello, config: &Config, visitor: &Visitor, front: &Front) -
         return Way::Here(Certificate::Challenge(name.clone()));
     }
     // The gateway's names are nobody else's, whatever the table says.
-    if !config.names.lists(name.as_str()) {
+    let own = config.names.lists(name.as_str()) || config.is_admin_name(name.as_str());
+    if !own {
         match front.table.ending(name) {
             Some(Ending::There) => return through(name, Service::Https, visitor),
             Some(Ending::Here) => return Way::Here(Certificate::Served(name.clone())),

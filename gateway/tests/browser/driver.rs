@@ -123,6 +123,12 @@ impl<'a> Browser<'a> {
         self.own("POST", &path, &json!({"text": text}));
     }
 
+    /// Chooses files in a field for them, their paths one a line.
+    pub(crate) fn choose(&self, id: &str, paths: &str) {
+        let path = format!("/element/{}/value", self.element(id));
+        self.own("POST", &path, &json!({"text": paths}));
+    }
+
     /// What is to be read there.
     pub(crate) fn text(&self, id: &str) -> String {
         let value = self.script(&format!(

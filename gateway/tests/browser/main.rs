@@ -8,6 +8,7 @@
 mod driver;
 mod office;
 mod parts;
+mod serve;
 
 use std::fs;
 
