@@ -1,31 +1,33 @@
 //! What a tunnel knows, and what it makes of frames.
 
+mod commands;
+mod farewell;
+
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use rvpn_proto::packer::{
-    Bodies, CAPACITY, Command, Failure, Fault, Frame, Head, Heard, NO_STREAM, ON_ITS_WAY, Profile,
-    Turn, Word, code, failed, hello, succeeded,
+    Bodies, CAPACITY, Failure, Fault, Frame, Head, NO_STREAM, ON_ITS_WAY, Profile, Turn, Word,
+    code, hello,
 };
 use tokio::sync::oneshot;
 use tokio::time::Instant;
-use tracing::{debug, info, warn};
+use tracing::debug;
 
-use super::SERVICE;
 use super::bell::{Bell, Number};
 use super::carrier::Way;
 use super::desk::Desk;
 use super::ids::{Id, Ids, Who};
-use super::pipe::{End, Ended, PARTING, Pipe};
-use super::tokens::{self, Print, Tokens};
+use super::pipe::{End, Ended, Pipe};
+use super::tokens::{Print, Tokens};
 use crate::auth::{Denied, Grant};
 use crate::limits::PendingPass;
 use crate::serve::account::Carrying;
-use crate::serve::{Carrier, OpenError, Visit};
+use crate::serve::{OpenError, Visit};
 use crate::session::Shared;
-use crate::session::hub::{Card, Entry};
+use crate::session::hub::Entry;
 
 /// Visitors of one client at once.
 const MOST_VISITORS: usize = 4096;
@@ -273,7 +275,8 @@ impl State {
 
     /// Lets a visitor in.
     pub(super) fn open(&mut self, visit: Visit, now: Instant) -> Result<End, OpenError> {
-        if self.is_crowded() {
+        // Whoever comes and goes leaves words behind for a client that does not read.
+        if self.is_crowded() || self.words.len() >= MOST_VISITORS {
             return Err(OpenError::Full);
         }
         self.last += 1;
@@ -461,321 +464,6 @@ impl State {
             Word::Connection | Word::Control | Word::Data(_) => {}
         }
         Ok(())
-    }
-
-    fn control(&mut self, body: &[u8]) -> Result<(), Over> {
-        let (id, command) = match Heard::parse(body) {
-            Ok(Heard::Request { id, command }) => (id, command),
-            Ok(Heard::Reply { .. } | Heard::Notice) => return Ok(()),
-            Err(failure) => {
-                self.command(&rvpn_proto::packer::notice(failure));
-                return Ok(());
-            }
-        };
-        let refuse = |code, message| Err(Failure { code, message });
-        let done = match command {
-            Command::AddToken(token) => return self.show(id, &token),
-            Command::DeleteToken(Some(token)) => {
-                // What is not there any more is gone as it should be.
-                self.tokens.remove(&tokens::print(&token));
-                Ok(())
-            }
-            Command::DeleteToken(None) => {
-                self.tokens.clear();
-                Ok(())
-            }
-            Command::Hello => Ok(()),
-            Command::Pair => refuse(
-                code::INVALID_TOKEN,
-                "this gateway gives no tokens to clients; start the client with one",
-            ),
-            Command::Unknown => refuse(code::UNKNOWN_COMMAND, "unknown command"),
-            Command::Malformed => refuse(code::BAD_COMMAND, "the command lacks what belongs to it"),
-        };
-        self.answer(id, done);
-        Ok(())
-    }
-
-    fn answer(&mut self, id: i64, done: Result<(), Failure>) {
-        let text = match done {
-            Ok(()) => succeeded(id),
-            Err(failure) => failed(id, failure),
-        };
-        self.command(&text);
-    }
-
-    /// Has a token judged, elsewhere.
-    fn show(&mut self, id: i64, token: &str) -> Result<(), Over> {
-        let print = tokens::print(token);
-        if self.tokens.has(&print) {
-            self.answer(id, Ok(()));
-            return Ok(());
-        }
-        if self.judging.len() >= MOST_JUDGING {
-            let message = "too many tokens at once";
-            let code = code::BAD_COMMAND;
-            self.answer(id, Err(Failure { code, message }));
-            return Ok(());
-        }
-        let (answer, verdict) = oneshot::channel();
-        let judged = self.desk.judge(token);
-        self.shared.control.spawn(async move {
-            // The tunnel may have ended meanwhile; then the place is given back.
-            drop(answer.send(judged.await));
-        });
-        self.judging.push_back(Judging { id, print, verdict });
-        Ok(())
-    }
-
-    /// A verdict has come.
-    pub(super) fn judged(
-        &mut self,
-        judging: &Judging,
-        verdict: Result<Grant, Denied>,
-    ) -> Result<(), Over> {
-        let grant = match verdict {
-            Ok(grant) => grant,
-            Err(why) => {
-                let message = "invalid access token";
-                let code = code::INVALID_TOKEN;
-                self.answer(judging.id, Err(Failure { code, message }));
-                self.wrong += 1;
-                return match (why, self.is_stranger() && self.wrong >= MOST_WRONG) {
-                    (Denied::TooMany, _) if self.is_stranger() => {
-                        Err(Over::Close(1013, "too many connections of the account"))
-                    }
-                    (_, true) => Err(Over::Close(1008, "invalid access token")),
-                    _ => Ok(()),
-                };
-            }
-        };
-        let done = self.login(judging.print, grant)?;
-        self.answer(judging.id, done);
-        if done.is_ok() {
-            self.listen(judging.print);
-        }
-        Ok(())
-    }
-
-    /// Has the ports of a token listened on, and tells what was granted when
-    /// that is known.
-    pub(super) fn listen(&mut self, print: Print) {
-        let Some((place, ports)) = self.tokens.doors(&print) else {
-            return self.grant();
-        };
-        let (answer, opened) = oneshot::channel();
-        self.shared.control.spawn(async move {
-            let mut opened = Vec::new();
-            for port in ports {
-                match place.listen(port).await {
-                    Ok(()) => opened.push(port),
-                    Err(refused) => debug!(%refused, "a port is not served"),
-                }
-            }
-            // The tunnel may have ended meanwhile; then its place goes with us.
-            drop(answer.send(opened));
-        });
-        self.listening.push_back(Listening { print, opened });
-    }
-
-    /// The ports of a token are open, or will not be.
-    pub(super) fn opened(&mut self, print: Print, ports: Vec<u16>) {
-        self.tokens.opened(&print, ports);
-        self.grant();
-    }
-
-    /// Takes a login: from here on the client is somebody.
-    pub(super) fn login(
-        &mut self,
-        print: Print,
-        grant: Grant,
-    ) -> Result<Result<(), Failure>, Over> {
-        let account = Arc::clone(&grant.account);
-        let (subject, token_id) = (Arc::clone(&grant.subject), grant.token_id);
-        let who = tokens::Who {
-            table: &self.shared.table,
-            carrier: Arc::clone(&self.way) as Arc<dyn Carrier>,
-            peer: self.peer,
-            instance: Arc::clone(&self.instance),
-        };
-        if let Err(failure) = self.tokens.add(print, grant, who) {
-            return Ok(Err(failure));
-        }
-        if self.member.is_some() {
-            return Ok(Ok(()));
-        }
-        if self.shared.hub.is_closed() {
-            return Err(Over::Close(1012, "the gateway restarts"));
-        }
-        let row = Carrying::open(&self.shared.meter, &account, SERVICE).map_err(|error| {
-            warn!(%error, "cannot begin a session");
-            Over::Close(1013, "the gateway is out of resources")
-        })?;
-        let card = Card {
-            id: row.number(),
-            account,
-            token_id,
-            subject,
-            service: SERVICE,
-            peer: self.peer,
-            started: SystemTime::now(),
-            addresses: Vec::new(),
-            slot: None,
-            core: self.way.core,
-            gauge: Arc::default(),
-        };
-        info!(account = %card.account, "client came");
-        self.member = Some(Member {
-            _entry: self.shared.hub.enter(card, self.way.orders.clone()),
-            row,
-        });
-        self.pending = None;
-        Ok(Ok(()))
-    }
-
-    /// Brings the meter up to date: visitors' bytes are counted where they are
-    /// served, those of the wire here.
-    pub(super) fn publish(&mut self, wire: (u64, u64)) {
-        if let Some(member) = &mut self.member {
-            member.row.wire(wire);
-        }
-    }
-
-    /// Tells what was granted.
-    fn grant(&mut self) {
-        if self.profile.takes_grants() {
-            let granted = self.tokens.granted(&self.host, self.port);
-            self.command(&granted.command());
-        }
-    }
-
-    /// Looks after a visitor who rang.
-    pub(super) fn look(&mut self, number: Number, now: Instant) {
-        let Some(visitor) = self.visitors.get_mut(&number) else {
-            return;
-        };
-        let news = visitor.pipe.news();
-        if news.data && !visitor.queued && !visitor.paused && !visitor.told {
-            visitor.queued = true;
-            self.ready.push_back(number);
-        }
-        let Some(how) = news.ended else {
-            return self.turn(number, news.turn);
-        };
-        if !std::mem::replace(&mut visitor.parting, true) {
-            self.parting.push_back((now, number));
-        }
-        self.turn(number, news.turn);
-        // What it said before it ended in order is sent first.
-        let unsaid = news.data && how == Ended::Clean && !news.deaf;
-        if !unsaid {
-            self.farewell(number, how, news.gone, now);
-        }
-    }
-
-    /// A visitor has ended, and nothing of it is left to be sent.
-    fn farewell(&mut self, number: Number, how: Ended, gone: bool, now: Instant) {
-        let Some(visitor) = self.visitors.get_mut(&number) else {
-            return;
-        };
-        let first = !std::mem::replace(&mut visitor.told, true);
-        let heard = visitor.heard;
-        // A client that never heard of it, or is done with it, need not hear
-        // that it left.
-        if first && visitor.begun && !heard {
-            match how {
-                Ended::Clean => self.say(number, Word::End, self.quiet()),
-                Ended::Broken => {
-                    let failure = Failure {
-                        code: code::CLOSED,
-                        message: "the visitor's connection broke",
-                    };
-                    let body = self.trouble(failure);
-                    self.say(number, Word::Error, &body);
-                }
-            }
-        }
-        if gone {
-            self.leave(number, heard, now);
-        }
-    }
-
-    fn leave(&mut self, number: Number, done: bool, now: Instant) {
-        if let Some(visitor) = self.visitors.remove(&number) {
-            self.ids.leave(&visitor.id, done || !visitor.begun, now);
-        }
-    }
-
-    /// When somebody's time to part is over.
-    pub(super) fn parting(&self) -> Option<Instant> {
-        self.parting.front().map(|(since, _)| *since + PARTING)
-    }
-
-    /// Cuts off visitors whose clients do not end them.
-    pub(super) fn part(&mut self, now: Instant) {
-        while self.parting().is_some_and(|at| at <= now)
-            && let Some((_, number)) = self.parting.pop_front()
-        {
-            if let Some(visitor) = self.visitors.get(&number)
-                && !visitor.heard
-            {
-                self.cut(number, now);
-            }
-        }
-    }
-
-    /// Puts the next frame that is no visitor's bytes into `buffer`, if there is one.
-    pub(super) fn last_word(&mut self, buffer: &mut Vec<u8>) -> bool {
-        buffer.clear();
-        let word = self.words.pop_front();
-        word.is_some_and(|word| {
-            buffer.extend_from_slice(&word);
-            true
-        })
-    }
-
-    /// Puts the next frame to send into `buffer`, words first. False if there
-    /// is none.
-    pub(super) fn frame(&mut self, buffer: &mut Vec<u8>, now: Instant) -> bool {
-        if self.last_word(buffer) {
-            return true;
-        }
-        while let Some(number) = self.ready.pop_front() {
-            let Some(visitor) = self.visitors.get_mut(&number) else {
-                continue;
-            };
-            visitor.queued = false;
-            if visitor.paused || visitor.told {
-                continue;
-            }
-            visitor.pipe.take(&mut self.spare);
-            let framed = match self.spare.is_empty() {
-                true => false,
-                false => {
-                    visitor.begun = true;
-                    let word = Word::Data(visitor.visit.service.as_str());
-                    let frame = visitor.frame(word, &self.spare);
-                    frame.encode(self.profile, buffer).is_ok()
-                }
-            };
-            // It may have ended behind what was just taken.
-            self.look(number, now);
-            if framed {
-                return true;
-            }
-        }
-        false
-    }
-
-    /// Ends everybody: the client is gone.
-    pub(super) fn end(&mut self) {
-        // Nobody is sent here any more.
-        self.tokens.clear();
-        self.member = None;
-        for visitor in self.visitors.values() {
-            visitor.pipe.end(Ended::Broken);
-        }
-        self.visitors.clear();
     }
 }
 
