@@ -302,3 +302,60 @@ async fn a_password_is_asked_for_before_the_server_sees_anything() {
         .any(|h| h.to_ascii_lowercase().contains("authorization"));
     assert!(!told, "{asked:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_older_clients_words_serve_by_their_protocol() {
+    let lab = Lab::new();
+    let helper = Helper::serving(&lab, "");
+    let legacy = "[[legacy]]\nname = \"old\"\nsecret = \"abc123\"\ndomains = [\"a.example\", \"*.a.example\"]\n";
+    let gateway = Gateway::start(&lab, &helper, legacy);
+    let phone = Machine::new(&lab, "phone", 10);
+    let _heads = http_server(&phone.ns, "127.0.0.1:3000");
+    let identity = Identity::of("shop.a.example");
+    tls_server(&phone.ns, "127.0.0.1:8443", &identity, echo);
+    let pin = gateway.fingerprint();
+    let words = |secret: &str| {
+        let url = format!("wss://{GW4}:443/");
+        let words = [
+            "--locals",
+            "http:a.example:3000,https:shop.a.example:8443",
+            "--stunneld",
+            &url,
+            "--pin",
+            &pin,
+            "--secret",
+            secret,
+        ];
+        words.map(str::to_owned).to_vec()
+    };
+    let mut serve = phone.serving(&words("abc123"), &[]);
+    assert_eq!(serve.until_many("serving", 2).len(), 2);
+    let mut web = Command::new("curl");
+    web.args(["-sS", "--max-time", "10", "--resolve"])
+        .arg(format!("a.example:443:{GW4}"))
+        .args(["http://a.example:443/one", "http://a.example:443/two"]);
+    let output = lab.up.output(&mut web);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(
+        said,
+        "you asked: GET /one HTTP/1.1you asked: GET /two HTTP/1.1"
+    );
+    // TLS untouched, both ways at once, with the server's own certificate.
+    let visitor = visit(&lab.up, "shop.a.example", &identity).await;
+    let (mut reader, mut writer) = tokio::io::split(visitor);
+    let sent = noise(5, 20_000_000);
+    let copy = sent.clone();
+    let writing = tokio::spawn(async move {
+        writer.write_all(&copy).await.expect("a write");
+        writer.shutdown().await.expect("an end");
+    });
+    let mut got = Vec::new();
+    let read = timeout(3 * SOON, reader.read_to_end(&mut got)).await;
+    read.expect("in time").expect("all of it");
+    writing.await.expect("written");
+    assert!(got == sent, "other bytes");
+    assert_eq!(serve.interrupt(), 0);
+    // Another secret signs nothing here.
+    let mut wrong = phone.serve(&words("other"), &[]);
+    assert_eq!(wrong.ended(), 77, "{}", wrong.said());
+}

@@ -8,7 +8,7 @@
 
 mod visitor;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,6 +47,11 @@ const WAITING: usize = 64;
 /// Longest message, and longest word beside visitors' bytes.
 const MESSAGE: usize = 4 * 1024 * 1024;
 const WORD: usize = 64 * 1024;
+/// How long a visitor's server may hold up the others, and how often it is looked at.
+const PATIENT: Duration = Duration::from_secs(1);
+const CROWDED: Duration = Duration::from_millis(2);
+/// Visitors that are over and remembered until the gateway says so too.
+const REMEMBERED: usize = 4096;
 /// How often the connection is asked whether it is there, and how long it has.
 const PING: Duration = Duration::from_secs(15);
 const SILENCE: Duration = Duration::from_secs(40);
@@ -331,6 +336,8 @@ impl Older {
             locals: Arc::clone(&self.locals),
             news: self.news.clone(),
             by_id: HashMap::new(),
+            over: HashSet::new(),
+            full: None,
         };
         let mut decoder = Decoder::new(Limits {
             data: MESSAGE,
@@ -346,7 +353,9 @@ impl Older {
         };
         let end = loop {
             tokio::select! {
-                message = source.next() => {
+                // Whoever cannot take more holds up the rest, but not for long.
+                () = sleep(CROWDED), if guests.full.is_some() => guests.relieve(),
+                message = source.next(), if guests.full.is_none() => {
                     last = Instant::now();
                     match message {
                         Some(Ok(Message::Binary(data))) => {
@@ -385,6 +394,10 @@ struct Guests {
     locals: Arc<[Local]>,
     news: mpsc::Sender<News>,
     by_id: HashMap<String, Guest>,
+    /// Those that are over here, and for whom something may still come.
+    over: HashSet<String>,
+    /// Who has more than it should, and since when.
+    full: Option<(String, Instant)>,
 }
 
 impl Guests {
@@ -395,11 +408,13 @@ impl Guests {
                 Piece::Word { head, body } => match head.word {
                     Word::Control => self.control(body),
                     Word::End => {
-                        if let Some(guest) = self.by_id.get(head.id) {
+                        self.over.remove(head.id);
+                        if let Some(guest) = self.by_id.get_mut(head.id) {
                             guest.end();
                         }
                     }
                     Word::Error => {
+                        self.over.remove(head.id);
                         self.by_id.remove(head.id);
                     }
                     Word::Pause => self.hold(head.id, true),
@@ -410,6 +425,32 @@ impl Guests {
             }
         }
         Ok(())
+    }
+
+    /// Forgets those that are over.
+    fn tidy(&mut self) {
+        let over = &mut self.over;
+        self.by_id.retain(|id, guest| {
+            if guest.is_over() && !guest.ended && over.len() < REMEMBERED {
+                over.insert(id.clone());
+            }
+            !guest.is_over()
+        });
+    }
+
+    /// Goes on if the one that was full is not any more, or has been for too long.
+    fn relieve(&mut self) {
+        let Some((id, since)) = &self.full else {
+            return;
+        };
+        let guest = self.by_id.get(id);
+        if let Some(guest) = guest.filter(|g| g.is_full()) {
+            if since.elapsed() < PATIENT {
+                return;
+            }
+            guest.cut_off();
+        }
+        self.full = None;
     }
 
     fn hold(&self, id: &str, on: bool) {
@@ -437,14 +478,14 @@ impl Guests {
     }
 
     fn data(&mut self, id: &str, word: Word<'_>, bytes: &[u8]) {
-        self.by_id.retain(|_, guest| !guest.is_over());
-        if let Some(guest) = self.by_id.get(id) {
+        if let Some(guest) = self.by_id.get(id).filter(|g| !g.is_over()) {
             if !guest.give(bytes) {
-                self.by_id.remove(id);
+                self.full = Some((id.to_owned(), Instant::now()));
             }
             return;
         }
-        if bytes.is_empty() {
+        self.tidy();
+        if bytes.is_empty() || self.over.contains(id) {
             return;
         }
         let speaks = match word {
