@@ -1,11 +1,12 @@
 //! The stream under the WebSocket.
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -207,6 +208,48 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
 /// The socket, with what was read from it to classify it.
 pub type Raw = Prefixed<Counted>;
 
+/// Shorter pieces are gathered, so that several share a write and a TLS record.
+const SHORT: usize = 8 * 1024;
+
+thread_local! {
+    /// The buffer of whoever waited last, for who waits next.
+    static SPARE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Bytes that were accepted and that the layer below has not taken yet.
+#[derive(Debug, Default)]
+struct Pending {
+    bytes: Vec<u8>,
+    /// So many of them are gone.
+    gone: usize,
+}
+
+impl Pending {
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        if self.bytes.capacity() == 0 {
+            self.bytes = SPARE.take();
+        }
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    fn left(&self) -> &[u8] {
+        &self.bytes[self.gone..]
+    }
+
+    fn took(&mut self, n: usize) {
+        self.gone += n;
+        if self.gone == self.bytes.len() {
+            self.gone = 0;
+            self.bytes.clear();
+            SPARE.set(std::mem::take(&mut self.bytes));
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Layer {
     Plain(Raw),
@@ -219,6 +262,8 @@ pub struct Io {
     /// Read already, and to be read again.
     unread: Bytes,
     layer: Layer,
+    /// Goes before everything that is written from now on.
+    pending: Pending,
     /// What must live exactly as long as the connection.
     held: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -229,6 +274,7 @@ impl Io {
         Io {
             unread: Bytes::new(),
             layer: Layer::Plain(raw),
+            pending: Pending::default(),
             held: None,
         }
     }
@@ -238,6 +284,7 @@ impl Io {
         Io {
             unread: Bytes::new(),
             layer: Layer::Tls(Box::new(stream)),
+            pending: Pending::default(),
             held: None,
         }
     }
@@ -251,19 +298,6 @@ impl Io {
     pub fn unread(&mut self, bytes: Bytes) {
         debug_assert!(self.unread.is_empty(), "given back once");
         self.unread = bytes;
-    }
-
-    /// The name that the visitor's TLS was made with.
-    pub fn server_name(&self) -> Option<&str> {
-        match &self.layer {
-            Layer::Plain(_) => None,
-            Layer::Tls(tls) => tls.get_ref().1.server_name(),
-        }
-    }
-
-    /// The port of ours that it came to.
-    pub fn local_port(&self) -> io::Result<u16> {
-        Ok(self.counted().socket()?.local_addr()?.port())
     }
 
     /// Ties the life of `what` to that of the connection.
@@ -298,15 +332,6 @@ impl Io {
     }
 }
 
-impl std::fmt::Debug for Io {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Io")
-            .field("tls", &self.is_tls())
-            .field("wire", &self.wire())
-            .finish_non_exhaustive()
-    }
-}
-
 /// One match for all that is passed through.
 macro_rules! layer {
     ($self:ident, $inner:ident => $call:expr) => {
@@ -315,6 +340,62 @@ macro_rules! layer {
             Layer::Tls($inner) => $call,
         }
     };
+}
+
+impl Io {
+    /// Takes a header and what follows it, both whole, without a copy of what
+    /// the layer below takes at once. What it does not take now goes with the
+    /// next flush or write, before anything else.
+    pub fn give(&mut self, cx: &mut Context<'_>, header: &[u8], payload: &[u8]) -> io::Result<()> {
+        let mut given = 0;
+        if payload.len() >= SHORT && self.poll_pending(cx)?.is_ready() {
+            let whole = header.len() + payload.len();
+            while given < whole {
+                let head = header.get(given..).unwrap_or_default();
+                let rest = &payload[given.saturating_sub(header.len())..];
+                let parts = [IoSlice::new(head), IoSlice::new(rest)];
+                let parts = if head.is_empty() {
+                    &parts[1..]
+                } else {
+                    &parts[..]
+                };
+                match layer!(self, inner => Pin::new(inner).poll_write_vectored(cx, parts))? {
+                    Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Poll::Ready(n) => given += n,
+                    Poll::Pending => break,
+                }
+            }
+        }
+        let head = header.get(given..).unwrap_or_default();
+        let rest = &payload[given.saturating_sub(header.len())..];
+        if !head.is_empty() || !rest.is_empty() {
+            self.pending.add(head);
+            self.pending.add(rest);
+        }
+        Ok(())
+    }
+
+    /// Ready when nothing waits here.
+    fn poll_pending(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.pending.is_empty() {
+            let left = self.pending.left();
+            let n = ready!(layer!(self, inner => Pin::new(inner).poll_write(cx, left)))?;
+            if n == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.pending.took(n);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl std::fmt::Debug for Io {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Io")
+            .field("tls", &self.is_tls())
+            .field("wire", &self.wire())
+            .finish_non_exhaustive()
+    }
 }
 
 impl AsyncRead for Io {
@@ -342,6 +423,7 @@ impl AsyncWrite for Io {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_pending(cx))?;
         layer!(self, inner => Pin::new(inner).poll_write(cx, buf))
     }
 
@@ -350,6 +432,7 @@ impl AsyncWrite for Io {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_pending(cx))?;
         layer!(self, inner => Pin::new(inner).poll_write_vectored(cx, bufs))
     }
 
@@ -361,10 +444,12 @@ impl AsyncWrite for Io {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_pending(cx))?;
         layer!(self, inner => Pin::new(inner).poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_pending(cx))?;
         layer!(self, inner => Pin::new(inner).poll_shutdown(cx))
     }
 }

@@ -376,12 +376,15 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         scratch: &mut Scratch,
         now: Instant,
     ) -> Result<bool, End> {
-        if self.flushing {
-            return self.flush(cx, now);
+        if self.flushing && !self.flush(cx, now)? {
+            return Ok(false);
         }
         while let Poll::Ready(Some(answer)) = self.answers.poll_recv(cx) {
             self.transport.feed(answer)?;
             self.flushing = true;
+        }
+        if self.flushing && !self.flush(cx, now)? {
+            return Ok(false);
         }
         let mut fed = 0;
         while fed < FLUSH_BYTES
@@ -390,10 +393,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
                 .message(&mut scratch.message, &mut self.totals, now)
         {
             fed += scratch.message.len();
-            let message = scratch.message.split().freeze();
-            self.transport.feed(Message::Binary(message.clone()))?;
-            // The transport has copied it, so the buffer is ours alone again.
-            scratch.message = message.try_into_mut().unwrap_or_default();
+            self.transport.data(cx, &scratch.message)?;
             self.flushing = true;
         }
         if self.flushing {

@@ -22,8 +22,8 @@ use crate::admit::Io;
 pub const LIMIT: usize = 192 * 1024;
 /// Small, because every idle connection holds one.
 const READ_BUFFER: usize = 4 * 1024;
-/// Gathers a turn's small messages into one write.
-const WRITE_BUFFER: usize = 16 * 1024;
+/// Data goes past the library, see [`Transport::data`]; the rest is small.
+const WRITE_BUFFER: usize = 4 * 1024;
 /// What a peer that does not read can make us hold beside the queue.
 const WRITE_LIMIT: usize = 256 * 1024;
 
@@ -73,6 +73,10 @@ pub trait Transport {
     /// Takes a message to send. May write, does not flush. The data is copied
     /// or gone when this returns, so its buffer can be used again.
     fn feed(&mut self, message: Message) -> Result<(), Broken>;
+
+    /// Takes a data message to send, straight to the connection: only when
+    /// everything that was fed before is flushed. May write, does not flush.
+    fn data(&mut self, cx: &mut Context<'_>, payload: &[u8]) -> Result<(), Broken>;
 
     /// Ready when the socket has taken everything that was fed.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>>;
@@ -191,6 +195,18 @@ impl Transport for Socket {
             .map_err(|e| broken(&e))
     }
 
+    fn data(&mut self, cx: &mut Context<'_>, payload: &[u8]) -> Result<(), Broken> {
+        // What the library would do, without the copy into a buffer of its own,
+        // which it would then also keep for life. It has nothing of its own to
+        // send now, and what it has later goes behind.
+        let mut header = [0; 10];
+        let length = data_header(&mut header, payload.len());
+        self.inner
+            .get_mut()
+            .give(cx, &header[..length], payload)
+            .map_err(|_| Broken::Lost)
+    }
+
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         Pin::new(&mut self.inner)
             .poll_flush(cx)
@@ -202,11 +218,53 @@ impl Transport for Socket {
     }
 }
 
+/// Writes the header of a binary message in one frame, as a server sends it:
+/// final, not masked (RFC 6455, 5.2). Its length.
+fn data_header(header: &mut [u8; 10], payload: usize) -> usize {
+    header[0] = 0x82;
+    match payload {
+        0..=125 => {
+            header[1] = payload as u8;
+            2
+        }
+        126..=0xffff => {
+            header[1] = 126;
+            header[2..4].copy_from_slice(&(payload as u16).to_be_bytes());
+            4
+        }
+        _ => {
+            header[1] = 127;
+            header[2..].copy_from_slice(&(payload as u64).to_be_bytes());
+            10
+        }
+    }
+}
+
 fn broken(error: &Error) -> Broken {
     match error {
         Error::Capacity(_) => Broken::TooBig,
         Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => Broken::Lost,
         Error::Protocol(_) | Error::Utf8(_) => Broken::Protocol,
         _ => Broken::Lost,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::data_header;
+
+    #[test]
+    fn headers_are_those_of_rfc_6455() {
+        let mut header = [0; 10];
+        for (payload, bytes) in [
+            (0, &[0x82, 0][..]),
+            (125, &[0x82, 125]),
+            (126, &[0x82, 126, 0, 126]),
+            (65_535, &[0x82, 126, 0xff, 0xff]),
+            (65_536, &[0x82, 127, 0, 0, 0, 0, 0, 1, 0, 0]),
+        ] {
+            let length = data_header(&mut header, payload);
+            assert_eq!(&header[..length], bytes);
+        }
     }
 }

@@ -90,7 +90,18 @@ pub(super) fn moved(parts: &Parts, name: &Name) -> Answer {
     close(answer)
 }
 
-fn close(mut answer: Answer) -> Answer {
+/// A text as it is.
+pub(super) fn plain(text: String) -> Answer {
+    let mut answer = Response::new(whole(text));
+    let headers = answer.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    let kind = HeaderValue::from_static("text/plain");
+    headers.insert(CONTENT_TYPE, kind);
+    answer
+}
+
+/// After it nothing of the connection is read.
+pub(super) fn close(mut answer: Answer) -> Answer {
     let close = HeaderValue::from_static("close");
     answer.headers_mut().insert(CONNECTION, close);
     answer
