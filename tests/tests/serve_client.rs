@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use rvpn_lab::gateway::Gateway;
 use rvpn_lab::machine::Machine;
-use rvpn_lab::serving::{Identity, SOON, echo, http_server, noise, tls_server, visit};
+use rvpn_lab::serving::{
+    Identity, SOON, connect, echo, http_server, listen, noise, tls_server, visit,
+};
 use rvpn_lab::topology::{GW4, at};
 use rvpn_lab::{Helper, Lab, wait_until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -358,4 +360,65 @@ async fn the_older_clients_words_serve_by_their_protocol() {
     // Another secret signs nothing here.
     let mut wrong = phone.serve(&words("other"), &[]);
     assert_eq!(wrong.ended(), 77, "{}", wrong.said());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_that_speak_first_are_heard_on_ports_and_by_ssh() {
+    let lab = Lab::new();
+    let helper = Helper::serving(&lab, "");
+    let gateway = Gateway::start(&lab, &helper, "serve.ssh = \"home.example\"\n");
+    let phone = Machine::new(&lab, "phone", 10);
+    for (port, banner) in [
+        (2222, "SSH-2.0-of_this_machine\r\n"),
+        (5432, "+OK first\r\n"),
+    ] {
+        let listener = listen(&phone.ns, &at("127.0.0.1", port));
+        tokio::spawn(async move {
+            while let Ok((mut tcp, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    tcp.write_all(banner.as_bytes()).await.expect("a banner");
+                    // What comes is sent back behind it.
+                    let (mut from, mut to) = tcp.split();
+                    let _gone = tokio::io::copy(&mut from, &mut to).await;
+                });
+            }
+        });
+    }
+    let login = phone.login(&gateway, "alice", &["home.example"], &[15432]);
+    let words = [
+        "ssh:2222",
+        "tcp:5432",
+        "--name",
+        "home.example",
+        "--port",
+        "15432",
+    ];
+    let mut serve = phone.serving(&login, &words);
+    let serving = serve.until_many("serving", 2);
+    assert_eq!(serving[0]["urls"][0], "ssh://home.example:443");
+    assert_eq!(serving[1]["urls"][0], format!("tcp://{GW4}:15432"));
+    let read = async |tcp: &mut tokio::net::TcpStream, wanted: &str| {
+        let mut got = vec![0; wanted.len()];
+        let read = timeout(SOON, tcp.read_exact(&mut got)).await;
+        read.expect("in time").expect("a read");
+        assert_eq!(String::from_utf8_lossy(&got), wanted);
+    };
+    // On a port the server may speak before the visitor has said a byte.
+    let mut tcp = connect(&lab.up, at(GW4, 15432).parse().expect("address"));
+    read(&mut tcp, "+OK first\r\n").await;
+    tcp.write_all(b"question").await.expect("a write");
+    read(&mut tcp, "question").await;
+    // On the shared one the client shows first what it speaks.
+    let mut ssh = connect(&lab.up, at(GW4, 443).parse().expect("address"));
+    ssh.write_all(b"SSH-2.0-visitor\r\n")
+        .await
+        .expect("a write");
+    read(&mut ssh, "SSH-2.0-of_this_machine\r\nSSH-2.0-visitor\r\n").await;
+    // The port closes with its client.
+    assert_eq!(serve.interrupt(), 0);
+    wait_until("the port is closed", || {
+        lab.up
+            .run(|| std::net::TcpStream::connect(at(GW4, 15432)))
+            .is_err()
+    });
 }
