@@ -9,7 +9,7 @@ use std::task::{Context, Poll, Waker};
 use super::frame::{Header, INITIAL_WINDOW, Kind, LEN, flag};
 use super::handle::Broken;
 use super::slot::Slot;
-use super::{Fault, Limits, NotOpened, Side, WAITING};
+use super::{Limits, NotOpened, Side};
 
 /// Bytes of one frame, so that streams take turns.
 const FRAME: usize = 16 * 1024;
