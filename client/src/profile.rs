@@ -1,6 +1,8 @@
 //! What is known of a gateway, and how this device proves who it is.
 
 use std::fmt;
+use std::fs;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
@@ -206,10 +208,14 @@ pub(crate) fn new_key() -> Outcome<(Hidden, Vec<u8>)> {
     Ok((private, pair.public_key_raw().to_vec()))
 }
 
-/// Random bytes as text.
+/// Random bytes as text. From the kernel: the crypto library measures the
+/// processor's jitter for tens of milliseconds before it gives its first ones,
+/// and that would be most of the time that `up` takes to connect.
 pub(crate) fn random_text<const N: usize>() -> Outcome<String> {
     let mut bytes = [0; N];
-    aws_lc_rs::rand::fill(&mut bytes).while_doing("get random bytes")?;
+    fs::File::open("/dev/urandom")
+        .and_then(|mut kernel| kernel.read_exact(&mut bytes))
+        .while_doing("get random bytes")?;
     Ok(to_base64(&bytes))
 }
 
@@ -233,7 +239,7 @@ pub(crate) fn path_of(owner: &Owner, name: &str) -> Outcome<PathBuf> {
 
 /// The names of the gateways that were joined.
 pub(crate) fn names(owner: &Owner) -> Vec<String> {
-    let Ok(entries) = std::fs::read_dir(owner.config_dir()) else {
+    let Ok(entries) = fs::read_dir(owner.config_dir()) else {
         return Vec::new();
     };
     let mut names: Vec<String> = entries

@@ -360,6 +360,8 @@ pub struct Limits {
     pub login_time: Duration,
     /// How long a shutdown waits for clients to leave.
     pub drain_time: Duration,
+    /// Bytes that packets waiting for all clients together may take.
+    pub queue_memory: usize,
 }
 
 /// What sessions are told.
@@ -507,6 +509,12 @@ impl Config {
             &mut new.handshakes,
             &old.handshakes,
             "limits.handshakes",
+            &mut found,
+        );
+        keep(
+            &mut new.queue_memory,
+            &old.queue_memory,
+            "limits.queue-mib",
             &mut found,
         );
         found

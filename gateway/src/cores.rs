@@ -156,6 +156,12 @@ impl Cores {
         }
     }
 
+    /// Bytes that all of them moved in the last second, as of the last measure.
+    pub fn rate(&self) -> u64 {
+        let rates = self.cores.iter().map(|core| core.load.rate.load(Relaxed));
+        rates.sum()
+    }
+
     /// How many there are.
     pub fn count(&self) -> usize {
         self.cores.len()

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::meter::{DropReason, Totals};
+use crate::pump::budget::Depth;
 use crate::pump::{Agreed, Identity, Pump};
 use crate::session::begin::{Greeting, Place, Protocol};
 use crate::session::drive::{Carriage, End, Patience};
@@ -184,7 +185,11 @@ impl Carriage for Plainly {
     }
 
     fn tally(&mut self, totals: &mut Totals) {
-        self.pump.count_drops(totals);
+        self.pump.settle(totals);
+    }
+
+    fn depth(&self) -> Depth {
+        self.pump.depth()
     }
 
     fn relax(&mut self) {

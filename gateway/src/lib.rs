@@ -10,6 +10,7 @@ pub mod demo;
 pub mod dialects;
 pub mod fd;
 pub mod front;
+pub mod heap;
 pub mod helper;
 pub mod http;
 pub mod https;

@@ -12,6 +12,7 @@
 //!
 //! What a packet must be and what is changed in it is [`rvpn_proto`]'s to say.
 
+pub mod budget;
 mod identity;
 mod reason;
 
@@ -26,6 +27,7 @@ use rvpn_proto::validate::{self, FragmentBudget, Limits, Sources};
 use rvpn_proto::{gso, nat};
 use tokio::time::Instant;
 
+use self::budget::{Budget, Depth, PROCESS};
 pub use self::identity::Identity;
 use self::identity::Translation;
 use crate::meter::{DropReason, Side, Totals};
@@ -65,6 +67,11 @@ pub struct Pump {
     fragments: Option<Box<FragmentBudget>>,
     coalescer: Coalescer,
     queue: Queue,
+    /// Of the queue while there is enough for all.
+    most: usize,
+    budget: &'static Budget,
+    /// What the budget knows of.
+    charged: usize,
     begun: Instant,
     counted: Stats,
 }
@@ -92,6 +99,9 @@ impl Pump {
             fragments: None,
             coalescer: Coalescer::new(joins),
             queue: Queue::new(settings, key),
+            most: settings.limit,
+            budget: &PROCESS,
+            charged: 0,
             begun: Instant::now(),
             counted: Stats::default(),
         }
@@ -275,8 +285,26 @@ impl Pump {
         }
     }
 
-    /// Brings what the queue has dropped into the totals.
-    pub fn count_drops(&mut self, totals: &mut Totals) {
+    /// Brings what the queue has dropped into the totals, and what it holds
+    /// into the budget of all.
+    pub fn settle(&mut self, totals: &mut Totals) {
+        if self.budget.is_short() && self.queue.is_empty() {
+            self.queue.relax();
+        }
+        self.charge();
+        self.queue.set_limit(self.budget.share(self.most));
+        self.count_drops(totals);
+    }
+
+    fn charge(&mut self) {
+        let memory = self.queue.memory();
+        if memory != self.charged {
+            self.budget.change(self.charged, memory);
+            self.charged = memory;
+        }
+    }
+
+    fn count_drops(&mut self, totals: &mut Totals) {
         let stats = *self.queue.stats();
         let late = stats.late.segments + stats.trimmed.segments;
         let before = self.counted.late.segments + self.counted.trimmed.segments;
@@ -292,6 +320,7 @@ impl Pump {
     /// Gives memory back that an idle client does not need.
     pub fn relax(&mut self) {
         self.queue.relax();
+        self.charge();
         let seconds = self.begun.elapsed().as_secs();
         if let Some(fragments) = &self.fragments
             && fragments.incomplete(seconds) == 0
@@ -300,9 +329,20 @@ impl Pump {
         }
     }
 
-    /// Bytes that wait.
-    pub fn backlog(&self) -> u64 {
-        self.queue.bytes()
+    /// What waits.
+    pub fn depth(&self) -> Depth {
+        let queued = self.queue.stats().queued;
+        Depth {
+            packets: queued.segments,
+            bytes: queued.bytes,
+            memory: self.queue.memory() as u64,
+        }
+    }
+}
+
+impl Drop for Pump {
+    fn drop(&mut self) {
+        self.budget.change(self.charged, 0);
     }
 }
 

@@ -162,6 +162,7 @@ async fn settle(
         addresses: Vec::new(),
         slot: None,
         core: seat.core(),
+        gauge: Arc::default(),
     };
     let entry = shared.hub.enter(card, order_tx);
     let server = Server {

@@ -14,7 +14,7 @@ use std::time::Instant;
 use front_support::client::{Reply, ask, frame, login};
 use front_support::tokens::{Signer, b64, claims};
 use front_support::{Lab, NAME};
-use rvpn_gateway::api::view::SessionRow;
+use rvpn_gateway::api::view::{QueueRow, SessionRow};
 use rvpn_gateway::api::{self, Desk, SessionDirectory};
 use rvpn_gateway::meter::flush::UsageStore;
 use rvpn_gateway::meter::{DropReason, Side, Totals, Usage};
@@ -41,6 +41,11 @@ impl SessionDirectory for OneSession {
             slot: Some(0),
             outbound: (&side).into(),
             inbound: (&Side::default()).into(),
+            queue: QueueRow {
+                packets: 7,
+                bytes: 9000,
+                memory: 65_536,
+            },
         };
         let here = *self.0.lock().unwrap();
         here.then_some(row).into_iter().collect()
@@ -202,6 +207,10 @@ async fn sessions_are_listed_and_kicked() {
     );
     assert_eq!(row["outbound"]["payload"], 300);
     assert_eq!(row["outbound"]["drops"], json!({"spoofed": 2}));
+    assert_eq!(
+        row["queue"],
+        json!({"packets": 7, "bytes": 9000, "memory": 65_536})
+    );
     let path = format!("/api/v1/sessions/{id}");
     assert_eq!(office.call("DELETE", &path, "").await.0, 204);
     assert_eq!(office.call("DELETE", &path, "").await.0, 404);

@@ -350,3 +350,62 @@ async fn r_1_five_hundred_of_all_kinds_at_once_each_get_the_right_answer() {
     assert_eq!(town.lab.echo.count(), 2 * each);
     eprintln!("{CROWD} connections in {:?}", start.elapsed());
 }
+
+/// whoever asks for an address says no name in TLS, which then ends at the
+/// gateway; the request leads to the client that serves the address.
+#[tokio::test]
+async fn r_4_tls_without_a_name_ends_here_and_goes_by_host() {
+    let lab = Lab::new().await;
+    let address = serve(
+        &lab.front.table,
+        "127.0.0.1",
+        Some(Service::Http),
+        Ending::There,
+        website,
+    );
+    let name = || ServerName::from(std::net::IpAddr::from([127, 0, 0, 1]));
+    for (host, expected) in [
+        ("127.0.0.1:8443", (200, "site of 127.0.0.1:8443")),
+        ("127.0.0.1", (200, "site of 127.0.0.1")),
+    ] {
+        let mut io = trusting().connect(name(), lab.tcp().await).await.unwrap();
+        let reply = ask(&mut io, &page(host)).await;
+        assert_eq!((reply.status, &*reply.text()), expected);
+    }
+    assert_eq!(address.visits(), 2);
+    // The gateway's own name, asked for in the same way, is still its own.
+    let mut io = trusting().connect(name(), lab.tcp().await).await.unwrap();
+    let reply = ask(&mut io, &page(NAME)).await;
+    assert_eq!((reply.status, address.visits()), (200, 2));
+}
+
+/// a name that nobody serves is shown the gateway's certificate and a page
+/// that is the same whether it was ever served or not.
+#[tokio::test]
+async fn r_27_a_name_that_nobody_serves_gets_a_page_that_tells_nothing() {
+    let lab = Lab::new().await;
+    let left = serve(
+        &lab.front.table,
+        "left.example",
+        None,
+        Ending::There,
+        website,
+    );
+    drop(left);
+    let mut pages = Vec::new();
+    for host in ["left.example", "never.example"] {
+        let server = ServerName::try_from(host).unwrap();
+        let mut io = trusting().connect(server, lab.tcp().await).await.unwrap();
+        let shown = io.get_ref().1.peer_certificates().unwrap()[0].clone();
+        let own = rvpn_gateway::tls::Fingerprint::of(&shown);
+        assert_eq!(own, lab.front.tls.fingerprint());
+        let reply = ask(&mut io, &page(host)).await;
+        assert_eq!(reply.status, 502, "{reply:?}");
+        pages.push(reply.text().replace(host, "NAME"));
+        let reply = ask(&mut lab.tcp().await, &page(host)).await;
+        assert_eq!(reply.status, 502);
+        pages.push(reply.text().replace(host, "NAME"));
+    }
+    pages.dedup();
+    assert_eq!(pages.len(), 1, "{pages:?}");
+}

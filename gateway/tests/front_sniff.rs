@@ -84,7 +84,7 @@ async fn exchange(lab: &Lab, bytes: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn pro_02_a_greeting_in_any_segments_goes_to_the_same_device_untouched() {
+async fn r_2_and_pro_02_a_greeting_in_any_segments_goes_to_the_same_device_untouched() {
     let lab = Lab::and(ROOM).await;
     let bytes = real_greeting(&lab, DEVICE);
     let device = witness(&lab, &bytes);

@@ -1,8 +1,4 @@
 //! Who is let in among the older reverse tunnel clients, and how.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot go on says where by panicking"
-)]
 
 mod packer_support;
 

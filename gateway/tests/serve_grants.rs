@@ -1,8 +1,4 @@
 //! What a login may serve: by its token, its registration, and its name.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot go on says where by panicking"
-)]
 
 mod front_support;
 

@@ -315,6 +315,17 @@ impl Queue {
         self.store.memory()
     }
 
+    /// Another limit from now on, at least [`MIN_LIMIT`]. What is above it goes
+    /// as if it had just been exceeded.
+    pub fn set_limit(&mut self, limit: usize) {
+        let limit = limit.max(MIN_LIMIT);
+        if limit != self.settings.limit {
+            self.settings.limit = limit;
+            self.store.set_limit(limit);
+            while self.store.is_over() && self.drop_from_longest() {}
+        }
+    }
+
     /// What happened so far.
     pub fn stats(&self) -> &Stats {
         &self.stats

@@ -236,6 +236,32 @@ fn the_limit_holds_exactly_and_the_head_of_the_longest_flow_goes() {
 }
 
 /// A flow that offers `offered` bytes a millisecond to a link of `link`, for so long.
+#[test]
+fn a_lower_limit_holds_at_once_and_a_higher_one_later() {
+    let mut queue = queue(8 * MIN_LIMIT);
+    for n in 0..1000 {
+        queue.push(&packet(1, n, 1000), Meta::default(), 0);
+    }
+    assert_eq!(queue.stats().queued.packets, 1000);
+    let chosen = queue.next(0).unwrap();
+    queue.set_limit(MIN_LIMIT);
+    assert_eq!(queue.held(), MIN_LIMIT);
+    assert_eq!(queue.stats().overflow.packets, 1000 - 128);
+    // What was chosen is on its way already; of the others the oldest went.
+    let (taken, first) = pop(&mut queue, 0).unwrap();
+    assert_eq!((taken, number_of(&first)), (chosen, 0));
+    assert_eq!(number_of(&pop(&mut queue, 0).unwrap().1), 1000 - 127);
+    // Never less than packets need to pass at all.
+    queue.set_limit(0);
+    assert!(queue.push(&packet(2, 0, 60_000), Meta::default(), 0));
+    queue.set_limit(8 * MIN_LIMIT);
+    for n in 0..1000 {
+        queue.push(&packet(3, n, 1000), Meta::default(), 0);
+    }
+    assert!(queue.held() > 7 * MIN_LIMIT);
+    assert!(balanced(queue.stats()));
+}
+
 fn overload(queue: &mut Queue, meta: Meta, len: usize, offered: usize, link: usize, ms: u64) {
     let (mut arrived, mut sent) = (0, 0);
     for now in 0..ms {

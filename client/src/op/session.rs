@@ -19,6 +19,7 @@ pub(crate) async fn run(what: Session) -> Outcome {
             }
             let head = [
                 "ID", "ACCOUNT", "SERVICE", "PEER", "SINCE", "ADDRESS", "OUT", "IN", "DROPS",
+                "QUEUE",
             ];
             let mut rows = vec![head.map(str::to_owned).to_vec()];
             for one in found["sessions"].as_array().into_iter().flatten() {
@@ -33,6 +34,7 @@ pub(crate) async fn run(what: Session) -> Outcome {
                     payload(&one["outbound"]),
                     payload(&one["inbound"]),
                     (drops(&one["outbound"]) + drops(&one["inbound"])).to_string(),
+                    bytes(one["queue"]["bytes"].as_u64().unwrap_or(0)),
                 ]);
             }
             print!("{}", table(&rows));

@@ -59,6 +59,9 @@ enum Called {
 /// Runs as a child of `up`, which is at the other end of standard input.
 pub(crate) async fn run() -> Outcome {
     give_up_rights()?;
+    // The crypto library's first random bytes take tens of milliseconds, which
+    // pass while the connection is being made.
+    std::thread::spawn(|| aws_lc_rs::rand::fill(&mut [0]));
     let socket = std::io::stdin()
         .as_fd()
         .try_clone_to_owned()

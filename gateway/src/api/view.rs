@@ -59,6 +59,20 @@ pub struct SessionRow {
     pub outbound: Counts,
     /// Internet to client.
     pub inbound: Counts,
+    /// What waits for the client.
+    pub queue: QueueRow,
+}
+
+/// A session's queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct QueueRow {
+    /// Packets that wait, the parts of a super-packet singly.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Memory that is kept for them.
+    pub memory: u64,
 }
 
 /// A session of the ledger.
@@ -110,6 +124,7 @@ impl SessionDirectory for Sessions {
         let rows = self.0.list().into_iter();
         rows.map(|one| {
             let (outbound, inbound) = both(&one.totals);
+            let depth = one.card.gauge.depth();
             let since = one.card.started.duration_since(UNIX_EPOCH);
             SessionRow {
                 id: one.card.id,
@@ -121,6 +136,11 @@ impl SessionDirectory for Sessions {
                 slot: one.card.slot,
                 outbound,
                 inbound,
+                queue: QueueRow {
+                    packets: depth.packets,
+                    bytes: depth.bytes,
+                    memory: depth.memory,
+                },
             }
         })
         .collect()

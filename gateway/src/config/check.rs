@@ -480,6 +480,8 @@ fn origin(text: String) -> Checked<String> {
     })
 }
 
+const MIB: usize = 1 << 20;
+
 fn limits(raw: &raw::Limits) -> Checked<Limits> {
     let limits = Limits {
         max_clients: raw.max_clients.unwrap_or(1024),
@@ -490,8 +492,12 @@ fn limits(raw: &raw::Limits) -> Checked<Limits> {
         login_failures: raw.login_failures.unwrap_or(30),
         login_time: Duration::from_secs(raw.login_seconds.unwrap_or(10)),
         drain_time: Duration::from_secs(raw.drain_seconds.unwrap_or(10)),
+        queue_memory: raw
+            .queue_mib
+            .map_or(crate::pump::budget::DEFAULT, |mib| mib.saturating_mul(MIB)),
     };
-    let bounds: [(&str, u64, u64); 8] = [
+    let bounds: [(&str, u64, u64); 9] = [
+        ("queue-mib", (limits.queue_memory / MIB) as u64, 1 << 20),
         ("max-clients", limits.max_clients as u64, 65_536),
         (
             "sessions-per-account",

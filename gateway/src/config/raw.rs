@@ -279,6 +279,7 @@ pub(super) struct Limits {
     pub(super) login_failures: Option<u32>,
     pub(super) login_seconds: Option<u64>,
     pub(super) drain_seconds: Option<u64>,
+    pub(super) queue_mib: Option<usize>,
 }
 
 #[derive(Debug, Default, Deserialize)]

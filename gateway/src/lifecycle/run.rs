@@ -25,10 +25,12 @@ use crate::api::{self, Desk};
 use crate::auth::{Gate, OpenError};
 use crate::config::{Config, Listener, Secret};
 use crate::cores::Cores;
+use crate::heap::Heap;
 use crate::helper::{Helper, HelperConfig};
 use crate::http::Front;
 use crate::meter::flush::{Flusher, UsageStore, now_ms};
 use crate::meter::{Meter, Orphan};
+use crate::pump::budget::PROCESS;
 use crate::session::{Sessions, Settings, Shared};
 use crate::store::{Sqlite, Store};
 use crate::ticket::TicketKey;
@@ -126,7 +128,11 @@ async fn serve(
         &config.state_dir,
     );
     let cores = Arc::clone(&shared);
-    last.spawn(flusher.run(quiet, move || cores.cores.measure()));
+    let heap = Heap::default();
+    last.spawn(flusher.run(quiet, move || {
+        cores.cores.measure();
+        heap.tend(cores.hub.came(), cores.cores.rate());
+    }));
     tasks.spawn(async move {
         gate.ring().warm_up().await;
     });
@@ -224,6 +230,7 @@ async fn start_sessions(
     };
     let cores =
         Cores::start(count, config.session.pin).map_err(|e| internal("data threads", &e))?;
+    PROCESS.set(config.limits.queue_memory);
     let settings = Settings {
         ticket_life: config.session.ticket_life,
         dns: config.session.dns.clone(),

@@ -266,9 +266,14 @@ impl State {
         }
     }
 
+    /// Whether there is no room for another visitor.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.visitors.len() >= MOST_VISITORS
+    }
+
     /// Lets a visitor in.
     pub(super) fn open(&mut self, visit: Visit, now: Instant) -> Result<End, OpenError> {
-        if self.visitors.len() >= MOST_VISITORS {
+        if self.is_crowded() {
             return Err(OpenError::Full);
         }
         self.last += 1;
@@ -617,6 +622,7 @@ impl State {
             addresses: Vec::new(),
             slot: None,
             core: self.way.core,
+            gauge: Arc::default(),
         };
         info!(account = %card.account, "client came");
         self.member = Some(Member {

@@ -224,15 +224,15 @@ impl Run {
 
     /// Visitors who come, and those who want something.
     fn visitors(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
-        // First those who go, as they make room.
-        self.state.bell.answer(&mut self.rung, cx);
-        for number in self.rung.drain(..) {
-            self.state.look(number, now);
-        }
+        self.look_after(cx, now);
         let mut more = true;
         for _ in 0..TURN_ASKS {
             match self.asks.poll_recv(cx) {
                 Poll::Ready(Some(Ask::Open(visit, answer))) => {
+                    if self.state.is_crowded() {
+                        // Some may have gone just now.
+                        self.look_after(cx, now);
+                    }
                     // Whoever asked may have gone; then its end is dropped and rings.
                     drop(answer.send(self.state.open(visit, now)));
                 }
@@ -251,6 +251,14 @@ impl Run {
             }
         }
         more
+    }
+
+    /// Visitors who rang.
+    fn look_after(&mut self, cx: &Context<'_>, now: Instant) {
+        self.state.bell.answer(&mut self.rung, cx);
+        for number in self.rung.drain(..) {
+            self.state.look(number, now);
+        }
     }
 
     /// Client to visitors.

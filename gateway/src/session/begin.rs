@@ -23,6 +23,7 @@ use crate::cores::Seat;
 use crate::helper::{Lease, LeaseEvent};
 use crate::meter::Totals;
 use crate::meter::flush::now_ms;
+use crate::pump::budget::Gauge;
 use crate::ticket::random;
 use crate::tun::Tun;
 
@@ -134,17 +135,22 @@ impl<P: Protocol> Arrival<P> {
         let span =
             info_span!("session", account = %self.admission.account, peer = %self.admission.peer);
         let on = Arc::clone(&shared);
+        let kept = span.clone();
         let task = async move {
             if let Err(error) = self.socket.stream_mut().rehome() {
                 debug!(%error, "cannot move a connection to its core");
                 return;
             }
-            self.run(&on).await;
+            // A task of its own: this one is several times as large, and what
+            // lasts for days should not keep what a beginning needs.
+            if let Some(session) = self.start(&on).await {
+                on.cores.spawn(core, session.carry().instrument(kept));
+            }
         };
         shared.cores.spawn(core, task.instrument(span));
     }
 
-    async fn run(mut self, shared: &Arc<Shared>) {
+    async fn start(mut self, shared: &Arc<Shared>) -> Option<Box<Running<P>>> {
         let (order_tx, order_rx) = orders();
         let claimed = shared.hub.claim(
             self.key,
@@ -158,12 +164,16 @@ impl<P: Protocol> Arrival<P> {
                 reason: "the gateway is shutting down",
                 retry_after: shared.retry_after(),
             };
-            return self.refuse(&refusal).await;
+            self.refuse(&refusal).await;
+            return None;
         };
         let class = self.admission.class;
         let (lease, tun) = match obtain(&shared.helper, self.key, class, former).await {
             Ok(got) => got,
-            Err(refusal) => return self.refuse(&refusal).await,
+            Err(refusal) => {
+                self.refuse(&refusal).await;
+                return None;
+            }
         };
         let started = SystemTime::now();
         let opened = random::<16>().map(u128::from_le_bytes).and_then(|id| {
@@ -184,7 +194,8 @@ impl<P: Protocol> Arrival<P> {
                     reason: "the gateway is out of resources",
                     retry_after: shared.retry_after(),
                 };
-                return self.refuse(&refusal).await;
+                self.refuse(&refusal).await;
+                return None;
             }
         };
         let (answers, answer_rx) = mpsc::channel(ANSWERS);
@@ -196,6 +207,7 @@ impl<P: Protocol> Arrival<P> {
             answers,
         };
         let (v4, v6) = place.lease_pair();
+        let gauge = Arc::<Gauge>::default();
         let card = Card {
             id,
             account: Arc::clone(&self.admission.account),
@@ -207,6 +219,7 @@ impl<P: Protocol> Arrival<P> {
             addresses: vec![IpAddr::V4(v4), IpAddr::V6(v6)],
             slot: Some(lease.reply.slot),
             core: self.seat.core(),
+            gauge: Arc::clone(&gauge),
         };
         let entry = shared.hub.enter(card, order_tx);
         info!(
@@ -237,29 +250,23 @@ impl<P: Protocol> Arrival<P> {
         };
         match welcomed {
             Ok(carriage) => {
-                let mut drive = Drive::new(
+                let drive = Drive::new(
                     self.socket,
                     carriage,
                     tun,
                     row,
+                    gauge,
                     order_rx,
                     answer_rx,
                     outside,
                     patience,
                 );
-                let end = drive.run(self.seat.load(), || held.claim.heard()).await;
-                drive.publish();
-                let Drive {
-                    transport,
-                    tun,
-                    row,
-                    totals,
-                    outside,
-                    ..
-                } = drive;
-                drop(outside);
-                row.close(&totals, now_ms());
-                held.end(end, tun, transport).await;
+                Some(Box::new(Running {
+                    drive,
+                    held,
+                    seat: self.seat,
+                    _admission: self.admission,
+                }))
             }
             Err(end) => {
                 drop(outside);
@@ -267,6 +274,7 @@ impl<P: Protocol> Arrival<P> {
                 (totals.outbound.wire, totals.inbound.wire) = self.socket.wire();
                 row.close(&totals, now_ms());
                 held.end(end, tun, self.socket).await;
+                None
             }
         }
     }
@@ -309,6 +317,40 @@ impl<P: Protocol> Arrival<P> {
         );
         // Running out only means that the client did not listen.
         drop(timeout(FAREWELL, parting).await);
+    }
+}
+
+/// A session whose client was welcomed.
+struct Running<P: Protocol> {
+    drive: Drive<Socket, P::Carriage>,
+    held: Held<P>,
+    seat: Seat,
+    _admission: Admission,
+}
+
+impl<P: Protocol> Running<P> {
+    async fn carry(mut self: Box<Self>) {
+        let Running {
+            drive, held, seat, ..
+        } = &mut *self;
+        let end = drive.run(seat.load(), || held.claim.heard()).await;
+        drive.publish();
+        Box::pin(self.finish(end)).await;
+    }
+
+    async fn finish(self: Box<Self>, end: End) {
+        let Running { drive, held, .. } = *self;
+        let Drive {
+            transport,
+            tun,
+            row,
+            totals,
+            outside,
+            ..
+        } = drive;
+        drop(outside);
+        row.close(&totals, now_ms());
+        held.end(end, tun, transport).await;
     }
 }
 

@@ -9,6 +9,7 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use super::hub::{Handed, Order};
 use super::transport::{Broken, Incoming, Transport};
 use crate::cores::Load;
 use crate::meter::{Row, Totals};
+use crate::pump::budget::{Depth, Gauge};
 use crate::tun::{MAX_READ, Tun};
 
 /// Taken from the client in one turn, after which the device has its own.
@@ -85,6 +87,11 @@ pub trait Carriage {
 
     /// Brings what was dropped unseen into the totals, once a turn.
     fn tally(&mut self, _totals: &mut Totals) {}
+
+    /// What waits for the client.
+    fn depth(&self) -> Depth {
+        Depth::default()
+    }
 
     /// Gives back memory that only traffic needs. Called now and then.
     fn relax(&mut self) {}
@@ -156,6 +163,8 @@ pub struct Drive<T, C> {
     pub carriage: C,
     pub tun: Tun,
     pub row: Row,
+    /// Shows others what waits.
+    pub gauge: Arc<Gauge>,
     pub totals: Totals,
     pub orders: mpsc::Receiver<Order>,
     /// Control messages made elsewhere, such as a resolved name.
@@ -186,6 +195,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         carriage: C,
         tun: Tun,
         row: Row,
+        gauge: Arc<Gauge>,
         orders: mpsc::Receiver<Order>,
         answers: mpsc::Receiver<Message>,
         outside: Pin<Box<dyn Future<Output = End> + Send>>,
@@ -197,6 +207,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
             carriage,
             tun,
             row,
+            gauge,
             totals: Totals::default(),
             orders,
             answers,
@@ -479,6 +490,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         self.totals.inbound.wire = written;
         let drops = self.totals.drops();
         self.row.publish(&self.totals, drops != self.drops_seen);
+        self.gauge.set(self.carriage.depth());
         self.drops_seen = drops;
     }
 }

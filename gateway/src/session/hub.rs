@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::admit::TokenId;
 use crate::cores::CoreId;
 use crate::helper::Lease;
+use crate::pump::budget::Gauge;
 
 /// Orders one session may have waiting; more are of no use.
 const ORDERS: usize = 4;
@@ -72,6 +73,8 @@ pub struct Card {
     pub slot: Option<u32>,
     /// Where its task runs.
     pub core: CoreId,
+    /// What waits for it, if packets do.
+    pub gauge: Arc<Gauge>,
 }
 
 /// The shared list.
@@ -219,6 +222,11 @@ impl Hub {
     /// All sessions, by number.
     pub fn cards(&self) -> Vec<Card> {
         self.lock().live.values().map(|l| l.card.clone()).collect()
+    }
+
+    /// How many have begun since the start.
+    pub fn came(&self) -> u64 {
+        self.lock().claims
     }
 
     /// How many there are.

@@ -10,6 +10,7 @@ use tokio_tungstenite::tungstenite::Message;
 use super::control::Desk;
 use super::drive::{Carriage, End};
 use crate::meter::Totals;
+use crate::pump::budget::Depth;
 use crate::pump::{Agreed, Identity, Pump};
 use crate::tun::Tun;
 
@@ -111,7 +112,11 @@ impl Carriage for Packets {
     }
 
     fn tally(&mut self, totals: &mut Totals) {
-        self.pump.count_drops(totals);
+        self.pump.settle(totals);
+    }
+
+    fn depth(&self) -> Depth {
+        self.pump.depth()
     }
 
     fn relax(&mut self) {

@@ -21,7 +21,7 @@ use crate::admit::Io;
 /// Largest message: a super-packet, its record and room to spare.
 pub const LIMIT: usize = 192 * 1024;
 /// Small, because every idle connection holds one.
-const READ_BUFFER: usize = 4 * 1024;
+const READ_BUFFER: usize = 2 * 1024;
 /// Data goes past the library, see [`Transport::data`]; the rest is small.
 const WRITE_BUFFER: usize = 4 * 1024;
 /// What a peer that does not read can make us hold beside the queue.

@@ -73,7 +73,7 @@ impl<'a> Browser<'a> {
         let profile = format!("--user-data-dir={}", home.join("profile").display());
         // Its own errands look up names that nobody here answers for.
         let names = format!(
-            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {GW4}, EXCLUDE {GW6}, EXCLUDE [{GW6}]"
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE {GW4}, EXCLUDE {GW6}, EXCLUDE [{GW6}]"
         );
         let options = json!({
             "args": [

@@ -6,6 +6,7 @@
 )]
 
 mod driver;
+mod office;
 mod parts;
 mod serve;
 

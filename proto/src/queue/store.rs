@@ -77,19 +77,30 @@ pub(super) struct Store {
 
 impl Store {
     pub(super) fn new(limit: usize) -> Self {
-        Self {
+        let mut store = Self {
             chunks: Vec::new(),
             links: Vec::new(),
             waiting: Vec::new(),
             first_free: NONE,
             used: 0,
-            limit: u32::try_from(limit / BLOCK).unwrap_or(NONE - 1),
-        }
+            limit: 0,
+        };
+        store.set_limit(limit);
+        store
+    }
+
+    /// May leave more in use than allowed.
+    pub(super) fn set_limit(&mut self, limit: usize) {
+        self.limit = u32::try_from(limit / BLOCK).unwrap_or(NONE - 1);
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.used > self.limit
     }
 
     /// Blocks that may still be used.
     pub(super) fn available(&self) -> u32 {
-        self.limit - self.used
+        self.limit.saturating_sub(self.used)
     }
 
     pub(super) fn held(&self) -> usize {
@@ -97,7 +108,7 @@ impl Store {
     }
 
     pub(super) fn memory(&self) -> usize {
-        self.chunks.iter().map(|chunk| chunk.len()).sum()
+        self.chunks.len() * CHUNK as usize * BLOCK
     }
 
     pub(super) fn relax(&mut self) {

@@ -7,14 +7,15 @@ use crate::road::ALL;
 
 pub(crate) const USAGE: &str = "\
 usage: tunnel_bench [--quick] [--rounds N] [--seconds S] [--peers NAME,...|none]
-                    [--ways NAME,...] [--parts tcp,udp] [--idle N,...|0] [--limit S]
+                    [--ways NAME,...] [--parts PART,...] [--idle N,...|0] [--limit S]
                     [--json FILE] [--markdown FILE]
   --quick     one short round and 100 idle clients, to see that it works
   --rounds    rounds, each measuring everything once (5)
   --seconds   counted for each TCP figure (1)
   --peers     openvpn, ocserv, wireguard-go, stunnel (all that are installed)
   --ways      only these, as the tables call them, with - for a space
-  --parts     only these: tcp (with round trips), udp
+  --parts     tcp (with round trips), udp, rough (loss, a narrow road), many (busy
+              clients at once); tcp,udp unless told otherwise
   --idle      connected clients for the figures of idle ones (1000)
   --limit     ends the rounds after so many seconds (3600)";
 
@@ -35,12 +36,17 @@ pub(crate) struct Plan {
     pub(crate) ways: Option<Vec<String>>,
     pub(crate) tcp: bool,
     pub(crate) udp: bool,
+    /// On roads that lose packets or are narrow.
+    pub(crate) rough: bool,
+    /// Several clients of ours at once.
+    pub(crate) many: bool,
     pub(crate) clients: Vec<usize>,
     pub(crate) limit: Duration,
     pub(crate) json: Option<PathBuf>,
     pub(crate) markdown: Option<PathBuf>,
 }
 
+const PARTS: [&str; 4] = ["tcp", "udp", "rough", "many"];
 const PEERS: [&str; 4] = ["openvpn", "ocserv", "wireguard-go", "stunnel"];
 
 impl Plan {
@@ -58,6 +64,8 @@ impl Plan {
             ways: None,
             tcp: true,
             udp: true,
+            rough: false,
+            many: false,
             clients: vec![if quick { 100 } else { 1000 }],
             limit: Duration::from_secs(if quick { 75 } else { 3600 }),
             json: None,
@@ -80,11 +88,13 @@ impl Plan {
                 "--ways" => plan.ways = Some(ways(&value)?),
                 "--parts" => {
                     let parts: Vec<&str> = value.split(',').collect();
-                    if let Some(other) = parts.iter().find(|p| !["tcp", "udp"].contains(p)) {
-                        return Err(format!("--parts '{other}': there are tcp and udp"));
+                    if let Some(other) = parts.iter().find(|p| !PARTS.contains(p)) {
+                        return Err(format!("--parts '{other}': there are {}", PARTS.join(", ")));
                     }
                     plan.tcp = parts.contains(&"tcp");
                     plan.udp = parts.contains(&"udp");
+                    plan.rough = parts.contains(&"rough");
+                    plan.many = parts.contains(&"many");
                 }
                 "--idle" => plan.clients = clients(&value)?,
                 "--json" => plan.json = Some(value.into()),

@@ -14,6 +14,7 @@ mod peers;
 mod report;
 mod results;
 mod road;
+mod rough;
 mod rtt;
 mod stage;
 mod targets;

@@ -8,17 +8,19 @@ use crate::args::Plan;
 use crate::load::{self, Span};
 use crate::results::Results;
 use crate::road::{ALL, Kind, Road};
+use crate::rough::{self, Crowd};
 use crate::rtt::{self, Trips};
 use crate::stage::{FAR, Stage, UDP};
 use crate::tls::Tls;
 use crate::{Way, udp};
 
-type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+pub(crate) type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 pub(crate) const STREAMS: [usize; 3] = [1, 4, 10];
 pub(crate) const SIZES: [usize; 3] = [64, 512, 1400];
 /// Streams under which round trips are measured.
 pub(crate) const LOADED: usize = 10;
+const OURS: Kind = Kind::Ours { offload: true };
 /// Between two echo requests.
 const EVERY: Duration = Duration::from_millis(5);
 /// What is on the way when a load ends is gone after this.
@@ -46,6 +48,9 @@ fn chosen(plan: &Plan, results: &mut Results) -> Vec<Kind> {
     kinds
 }
 
+/// Numbers of the machines that are busy together.
+const CROWD: u8 = 40;
+
 /// Builds the laboratory and plays all rounds in it.
 pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
     let mut results = Results::default();
@@ -65,6 +70,13 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
         match guarded(|| Road::new(&stage, kind, name, n)) {
             Ok(road) => roads.push(road),
             Err(e) => note(&mut results, kind, "could not be set up", &e),
+        }
+    }
+    let mut crowd = None;
+    if plan.many {
+        match guarded(|| Ok(Crowd::new(&stage, CROWD))) {
+            Ok(made) => crowd = Some(made),
+            Err(e) => note(&mut results, OURS, "no crowd", &e),
         }
     }
     let begun = Instant::now();
@@ -88,6 +100,13 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
                     &e,
                 );
             }
+            if plan.rough
+                && let Err(e) =
+                    guarded(|| rough::roads(&stage, road, plan, &tls, round, &mut results))
+            {
+                let what = format!("on bad roads, in round {}", round + 1);
+                note(&mut results, kind, &what, &e);
+            }
             if begun.elapsed() > plan.limit {
                 results.notes.push(format!(
                     "ended after {} s, in round {}",
@@ -95,6 +114,12 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
                     round + 1
                 ));
                 return Ok((results, kinds(&roads)));
+            }
+        }
+        if let Some(crowd) = &crowd {
+            eprintln!("{:4.0} s  many clients", begun.elapsed().as_secs_f64());
+            if let Err(e) = guarded(|| crowd.measure(&stage, plan, round, &mut results)) {
+                note(&mut results, OURS, "several clients at once", &e);
             }
         }
     }
@@ -190,7 +215,10 @@ fn one(
 }
 
 /// Round trips while something else happens.
-fn trips<T: Send>(road: &Road, meanwhile: impl FnOnce() -> Outcome<T>) -> Outcome<(T, Trips)> {
+pub(crate) fn trips<T: Send>(
+    road: &Road,
+    meanwhile: impl FnOnce() -> Outcome<T>,
+) -> Outcome<(T, Trips)> {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let watch = scope.spawn(|| rtt::watch(road.client(), FAR, EVERY, &stop));
@@ -203,7 +231,7 @@ fn trips<T: Send>(road: &Road, meanwhile: impl FnOnce() -> Outcome<T>) -> Outcom
     })
 }
 
-fn record(results: &mut Results, kind: Kind, key: &str, round: u32, trips: &Trips) {
+pub(crate) fn record(results: &mut Results, kind: Kind, key: &str, round: u32, trips: &Trips) {
     for percent in [50, 99] {
         let measure = format!("{key}.p{percent}");
         results.put(kind, &measure, round, trips.percentile(percent));

@@ -9,6 +9,7 @@ use crate::machine::Machine;
 use crate::measure::{SIZES, STREAMS};
 use crate::results::{Middle, Results};
 use crate::road::Kind;
+use crate::rough::{LOSSES, MANY};
 use crate::targets;
 
 /// Everything of one run.
@@ -58,6 +59,8 @@ impl Report<'_> {
         self.udp(&mut text);
         self.rtt(&mut text);
         self.rest(&mut text);
+        self.rough(&mut text);
+        self.many(&mut text);
         if !self.results.notes.is_empty() {
             text += "\n## Not measured or not complete\n\n";
             for note in &self.results.notes {
@@ -198,6 +201,48 @@ impl Report<'_> {
             lost.join(", ")
         };
         let _ = writeln!(text, "\nRequests without an answer: {lost}.");
+    }
+
+    fn rough(&self, text: &mut String) {
+        if !self.plan.rough {
+            return;
+        }
+        *text += "\n## Roads that lose packets, and a narrow one\n\nMbit/s of 4 TCP streams where each packet between client and gateway is lost with 1 % or 3 %, in both directions; packets of the wire, not of 64 KiB.\n\n";
+        let columns: Vec<String> = LOSSES
+            .into_iter()
+            .flat_map(|n| Way::BOTH.map(|way| format!("loss{n}.{}", way.name())))
+            .collect();
+        let value = |kind, c: &str| self.results.middle(kind, c);
+        self.table(text, &columns, value, 0);
+        *text += "\nWhere the sending end sends no more than 100 Mbit/s, 10 TCP streams: Mbit/s, and round trips meanwhile, ms.\n\n";
+        let columns: Vec<String> = Way::BOTH
+            .into_iter()
+            .flat_map(|way| {
+                let road = format!("narrow.{}", way.name());
+                let trips = ["p50", "p99", "lost"].map(|p| format!("rtt.{road}.{p}"));
+                std::iter::once(road).chain(trips)
+            })
+            .collect();
+        self.table(text, &columns, value, 1);
+    }
+
+    fn many(&self, text: &mut String) {
+        if !self.plan.many {
+            return;
+        }
+        *text += "\n## Several clients of ours at once\n\nGbit/s of all together, one stream each, and Jain's index of what each got; `greedy`: one of them has ten streams.\n\n";
+        let cases = MANY.map(|n| (n, "even")).into_iter().chain([(8, "greedy")]);
+        *text += "| clients | up | index | down | index |\n|---|---|---|---|---|\n";
+        for (count, word) in cases {
+            let cells = Way::BOTH.into_iter().flat_map(|way| {
+                let key = format!("many.{}.{count}.{word}", way.name());
+                let ours = Kind::Ours { offload: true };
+                let middle = |key: &str| cell(self.results.middle(ours, key), 2);
+                [middle(&key), middle(&format!("{key}.jain"))]
+            });
+            let cells: Vec<String> = cells.collect();
+            let _ = writeln!(text, "| {count} {word} | {} |", cells.join(" | "));
+        }
     }
 
     fn rest(&self, text: &mut String) {

@@ -154,6 +154,8 @@ enum Peer {
 /// One way with its gateway running and its client's machine ready.
 pub(crate) struct Road {
     pub(crate) kind: Kind,
+    /// The last byte of its client's address.
+    pub(crate) number: u8,
     machine: Machine,
     peer: Peer,
     _server: Option<Daemon>,
@@ -223,6 +225,7 @@ impl Road {
         }
         Ok(Road {
             kind,
+            number: n,
             machine,
             peer,
             _server: server,

@@ -25,7 +25,7 @@ pub(crate) const UDP: u16 = 5202;
 /// The far side.
 pub(crate) const FAR: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
 /// More than clients at a time.
-const HELPER: &str = "slots = 8\nmax-slots = 16\n";
+const HELPER: &str = "slots = 16\nmax-slots = 24\n";
 
 /// Later fields outlive earlier ones.
 pub(crate) struct Stage {

@@ -106,6 +106,31 @@ pub(crate) fn table(results: &Results, kinds: &[Kind], idle: &[Cost]) -> String 
             "x",
         );
     }
+    for way in Way::BOTH {
+        let way = way.name();
+        let measure = format!("rtt.narrow.{way}.p50");
+        if let value @ Some(_) = results.middle(OURS, &measure) {
+            let what = format!("round trip under 10 streams {way}, 100 Mbit/s, p50");
+            rows.add(&what, Bound::Most(20.0), value, " ms");
+        }
+        let measure = format!("loss10.{way}");
+        if let value @ Some(_) = results.ratio((OURS, &measure), (Kind::Plain, &measure)) {
+            let what = format!("TCP {way} where 1 % is lost, of the same without a tunnel");
+            rows.add(&what, Bound::Least(1.0), value, "x");
+        }
+        for word in ["even", "greedy"] {
+            let measure = format!("many.{way}.8.{word}.jain");
+            if let value @ Some(_) = results.middle(OURS, &measure) {
+                let what = format!("fairness of 8 busy clients {way}, {word} (Jain's index)");
+                rows.add(&what, Bound::Least(0.95), value, "");
+            }
+        }
+        let (all, one) = (format!("many.{way}.8.even"), format!("many.{way}.1.even"));
+        if let value @ Some(_) = results.ratio((OURS, &all), (OURS, &one)) {
+            let what = format!("8 busy clients {way}, of one");
+            rows.add(&what, Bound::Least(1.0), value, "x");
+        }
+    }
     for cost in idle {
         let what = format!("idle client, gateway memory, {} clients", cost.clients);
         let value = Middle::of([cost.user]);

@@ -24,10 +24,6 @@ pub(super) fn page(status: StatusCode) -> Answer {
             "Misdirected request",
             "This connection was made for another name. Try again on a new one.",
         ),
-        StatusCode::UNPROCESSABLE_ENTITY => (
-            "No name given",
-            "Say which name you want: this address alone leads nowhere.",
-        ),
         StatusCode::EXPECTATION_FAILED => (
             "Expectation failed",
             "What this request expects is not done here.",

@@ -1,0 +1,235 @@
+//! Roads that lose packets or are narrow, and several clients at once.
+
+use std::process::Command;
+
+use rvpn_lab::Ns;
+use rvpn_lab::machine::{Machine, Up};
+use rvpn_lab::topology::GW4;
+
+use crate::Way;
+use crate::args::Plan;
+use crate::cpu::Who;
+use crate::load::{self, Span};
+use crate::measure::{LOADED, Outcome, record, trips};
+use crate::results::Results;
+use crate::road::{Kind, Road};
+use crate::rtt;
+use crate::stage::{FAR, Stage, far_tcp};
+use crate::tls::Tls;
+
+/// Streams on a road that loses packets.
+pub(crate) const STREAMS: usize = 4;
+/// How many of a thousand packets are lost, each way.
+pub(crate) const LOSSES: [u32; 2] = [10, 30];
+/// Busy clients at once.
+pub(crate) const MANY: [usize; 3] = [1, 4, 8];
+/// Streams of the greedy one among clients with one each.
+const GREEDY: usize = 10;
+
+/// What is wrong with a road.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wrong {
+    Loss,
+    Narrow,
+}
+
+/// A road's condition, until it is dropped.
+struct Condition<'a> {
+    ends: Vec<&'a Ns>,
+    wrong: Wrong,
+}
+
+impl<'a> Condition<'a> {
+    /// Nobody at these ends sends more.
+    fn narrow(ends: Vec<&'a Ns>) -> Condition<'a> {
+        for ns in &ends {
+            // A long queue, so that it is the sender's to keep it short.
+            let words = "qdisc add dev wan0 root tbf rate 100mbit burst 64k limit 4000000";
+            ns.sh("tc", &words.split(' ').collect::<Vec<_>>());
+        }
+        let wrong = Wrong::Narrow;
+        Condition { ends, wrong }
+    }
+
+    /// The client and the gateways do not hear all of each other.
+    fn loss(client: &'a Ns, address: &str, gateways: [&'a Ns; 2], n: u32) -> Condition<'a> {
+        let deaf = |ns: &Ns, which: &str| {
+            // What is lost is a packet of the wire and not one of 64 KiB.
+            ns.ip("link set wan0 gso_max_segs 1");
+            let rules = format!(
+                "add table ip rough; \
+                 add chain ip rough in {{ type filter hook prerouting priority -300; }}; \
+                 add rule ip rough in iifname \"wan0\" ip {which} {address} \
+                 numgen random mod 1000 < {n} drop"
+            );
+            ns.sh("nft", &[&rules]);
+        };
+        deaf(client, "daddr");
+        for gateway in gateways {
+            deaf(gateway, "saddr");
+        }
+        let [one, other] = gateways;
+        Condition {
+            ends: vec![client, one, other],
+            wrong: Wrong::Loss,
+        }
+    }
+}
+
+impl Drop for Condition<'_> {
+    fn drop(&mut self) {
+        for ns in &self.ends {
+            let words: &[&str] = match self.wrong {
+                Wrong::Narrow => &["tc", "qdisc", "del", "dev", "wan0", "root"],
+                Wrong::Loss => {
+                    ns.ip("link set wan0 gso_max_segs 65535");
+                    &["nft", "delete", "table", "ip", "rough"]
+                }
+            };
+            // What is left of it would only spoil later figures, which show it.
+            let mut command = Command::new(words[0]);
+            let _done = ns.output(command.args(&words[1..]));
+        }
+    }
+}
+
+/// One way on every kind of bad road.
+pub(crate) fn roads(
+    stage: &Stage,
+    road: &Road,
+    plan: &Plan,
+    tls: &Tls,
+    round: u32,
+    results: &mut Results,
+) -> Outcome<()> {
+    let kind = road.kind;
+    let span = Span {
+        warm: plan.warm * 4,
+        count: plan.count * 2,
+    };
+    let tls = (kind == Kind::RawTls).then_some(tls);
+    let gateways = [&stage.lab.gw, &stage.lab.nb];
+    let near = format!("1.1.1.{}", road.number);
+    let load = |way, streams| {
+        let listener = road.listener(stage);
+        let pairs = load::connect(road.client(), road.to, listener, streams)?;
+        Ok(load::run(pairs, way, span, &road.who, tls)?)
+    };
+    for thousandth in LOSSES {
+        // Before anything connects: how much a socket sends at once is kept.
+        let _condition = Condition::loss(road.client(), &near, gateways, thousandth);
+        let (open, _) = road.open()?;
+        for way in Way::BOTH {
+            let moved = load(way, STREAMS)?;
+            let key = format!("loss{thousandth}.{}", way.name());
+            results.put(kind, &key, round, Some(moved.gigabits() * 1e3));
+        }
+        open.close();
+    }
+    if !kind.carries_packets() {
+        return Ok(());
+    }
+    let (open, _) = road.open()?;
+    for way in Way::BOTH {
+        // Behind the tunnel nothing is narrow, else packets would wait there too.
+        let ends = match way {
+            Way::Up => vec![road.client()],
+            Way::Down => gateways.to_vec(),
+        };
+        let _condition = Condition::narrow(ends);
+        let (moved, trips) = trips(road, || load(way, LOADED))?;
+        let key = format!("narrow.{}", way.name());
+        results.put(kind, &key, round, Some(moved.gigabits() * 1e3));
+        record(results, kind, &format!("rtt.{key}"), round, &trips);
+    }
+    open.close();
+    Ok(())
+}
+
+/// Clients of ours that are busy together.
+pub(crate) struct Crowd {
+    machines: Vec<Machine>,
+}
+
+impl Crowd {
+    pub(crate) fn new(stage: &Stage, first: u8) -> Crowd {
+        let names = ["m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7"];
+        let machines = names.into_iter().zip(first..).map(|(name, n)| {
+            let machine = stage.client(name, n);
+            machine.join(&stage.lab, &stage.gateway, name, GW4);
+            machine
+        });
+        Crowd {
+            machines: machines.collect(),
+        }
+    }
+
+    /// How much they move together, and how evenly.
+    pub(crate) fn measure(
+        &self,
+        stage: &Stage,
+        plan: &Plan,
+        round: u32,
+        results: &mut Results,
+    ) -> Outcome<()> {
+        let kind = Kind::Ours { offload: true };
+        let mut ups: Vec<Up<'_>> = Vec::new();
+        for machine in &self.machines {
+            let since = std::time::Instant::now();
+            ups.push(machine.begin(&[]));
+            rtt::first(&machine.ns, FAR, since, std::time::Duration::from_secs(15))
+                .ok_or("one of many clients has no tunnel")?;
+        }
+        let span = Span {
+            warm: plan.warm,
+            count: plan.count,
+        };
+        for way in Way::BOTH {
+            for (count, greedy) in MANY.map(|n| (n, false)).into_iter().chain([(8, true)]) {
+                let mut all = Vec::new();
+                for (n, machine) in self.machines[..count].iter().enumerate() {
+                    let streams = if greedy && n == 0 { GREEDY } else { 1 };
+                    let near = &machine.ns;
+                    all.push(load::connect(near, far_tcp(), &stage.listener, streams)?);
+                }
+                let rates: Vec<f64> = std::thread::scope(|scope| {
+                    let runs: Vec<_> = all
+                        .into_iter()
+                        .map(|pairs| {
+                            scope.spawn(move || load::run(pairs, way, span, &Who::Nobody, None))
+                        })
+                        .collect();
+                    let moved = runs.into_iter().map(|run| match run.join() {
+                        Ok(Ok(moved)) => moved.gigabits(),
+                        _ => 0.0,
+                    });
+                    moved.collect()
+                });
+                let word = if greedy { "greedy" } else { "even" };
+                let key = format!("many.{}.{count}.{word}", way.name());
+                results.put(kind, &key, round, Some(rates.iter().sum()));
+                results.put(kind, &format!("{key}.jain"), round, Some(jain(&rates)));
+            }
+        }
+        ups.into_iter().for_each(Up::down);
+        Ok(())
+    }
+}
+
+/// One when all are equal, one by their number when one has everything.
+fn jain(rates: &[f64]) -> f64 {
+    let sum: f64 = rates.iter().sum();
+    let squares: f64 = rates.iter().map(|r| r * r).sum();
+    sum * sum / (rates.len() as f64 * squares)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::jain;
+
+    #[test]
+    fn the_index_is_jains() {
+        assert_eq!(jain(&[2.0, 2.0, 2.0, 2.0]), 1.0);
+        assert_eq!(jain(&[2.0, 0.0, 0.0, 0.0]), 0.25);
+    }
+}

@@ -1,0 +1,182 @@
+//! Packets in motion take nothing from the allocator.
+//!
+//! A program of its own, because it counts every allocation of its thread.
+#![expect(unsafe_code, reason = "an allocator is unsafe to write")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+
+use rvpn_gateway::meter::Totals;
+use rvpn_gateway::pump::{Agreed, Identity, Pump};
+use rvpn_gateway::tun::{MAX_READ, Tun, VIRTIO_LEN};
+use rvpn_lab::packet;
+use rvpn_proto::gso::VirtioHeader;
+use rvpn_proto::record::{Offload, Reader, append};
+use tokio::time::Instant;
+
+thread_local! {
+    static TAKEN: Cell<u64> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+// SAFETY: everything is the system allocator's; beside it only a number changes.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        TAKEN.set(TAKEN.get() + 1);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.dealloc(at, layout) }
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        TAKEN.set(TAKEN.get() + 1);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.realloc(at, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn taken_by(what: impl FnOnce()) -> u64 {
+    let before = TAKEN.get();
+    what();
+    TAKEN.get() - before
+}
+
+const INNER: (Ipv4Addr, Ipv6Addr) = (
+    Ipv4Addr::new(10, 64, 0, 2),
+    Ipv6Addr::new(0xfd00, 1, 2, 0, 0, 0, 0, 1),
+);
+const LEASE: (Ipv4Addr, Ipv6Addr) = (
+    Ipv4Addr::new(10, 64, 7, 2),
+    Ipv6Addr::new(0xfd00, 1, 2, 7, 0, 0, 0, 1),
+);
+
+fn pump(offload: bool) -> Pump {
+    let identity = Identity::Pair {
+        inner: INNER,
+        lease: LEASE,
+    };
+    let agreed = Agreed {
+        mtu: 1500,
+        offload,
+        device: 0x7f,
+    };
+    Pump::new(&identity, agreed, [1, 2])
+}
+
+/// What a read of the device would give.
+fn read(packet: &[u8], offload: Offload) -> Vec<u8> {
+    let mut read = VirtioHeader {
+        gso_type: offload.gso_type,
+        gso_size: offload.gso_size,
+        ..VirtioHeader::FINISHED
+    }
+    .to_bytes()
+    .to_vec();
+    read.extend_from_slice(packet);
+    read
+}
+
+#[test]
+fn packets_to_the_client_take_no_memory_once_the_queue_has_seen_its_depth() {
+    for offload in [true, false] {
+        let mut pump = pump(offload);
+        let mut totals = Totals::default();
+        let mut message = vec![0; MAX_READ];
+        let packets: Vec<Vec<u8>> = (0..64_u16)
+            .map(|n| {
+                let len = [8, 500, 1400][usize::from(n % 3)];
+                let (to, from) = (LEASE.0.to_string(), "1.1.1.1");
+                packet::udp(from, 1000 + n % 8, &to, 53, &vec![n as u8; len])
+            })
+            .map(|packet| read(&packet, Offload::NONE))
+            .collect();
+        let mut copy = vec![0; MAX_READ];
+        let mut round = |pump: &mut Pump, totals: &mut Totals| {
+            let now = Instant::now();
+            for packet in &packets {
+                copy[..packet.len()].copy_from_slice(packet);
+                pump.inbound(&mut copy[..packet.len()], totals, now);
+            }
+            while let Some(waiting) = pump.next_len(now) {
+                assert!(waiting.whole <= message.len());
+                pump.take(&mut message, totals);
+            }
+            pump.settle(totals);
+        };
+        round(&mut pump, &mut totals);
+        assert_eq!(totals.inbound.packets, 64, "they pass");
+        let taken = taken_by(|| {
+            for _ in 0..100 {
+                round(&mut pump, &mut totals);
+            }
+        });
+        assert_eq!(totals.inbound.packets, 101 * 64);
+        assert_eq!(taken, 0, "offload: {offload}");
+    }
+}
+
+#[tokio::test]
+async fn packets_to_the_device_take_no_memory() {
+    for offload in [true, false] {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let tun = Tun::adopt(OwnedFd::from(ours)).unwrap();
+        let mut pump = pump(offload);
+        let mut totals = Totals::default();
+        let mut message = Vec::new();
+        for n in 0..48_u16 {
+            let len = [600, 600, 20][usize::from(n % 3)];
+            let (from, to) = (INNER.0.to_string(), "1.1.1.1");
+            let packet = packet::udp(&from, 1000 + n / 8, to, 53, &vec![n as u8; len]);
+            append(&mut message, &packet, Offload::NONE).unwrap();
+        }
+        let mut scratch = vec![0; MAX_READ];
+        let mut got = vec![0; MAX_READ];
+        let mut round = |pump: &mut Pump, totals: &mut Totals| {
+            let now = Instant::now();
+            for record in Reader::new(&message) {
+                let record = record.unwrap();
+                pump.outbound(
+                    record.packet,
+                    record.offload,
+                    &tun,
+                    totals,
+                    &mut scratch,
+                    now,
+                );
+            }
+            pump.flush(&tun, totals, &mut scratch);
+            let mut reads = 0;
+            while let Ok(n) = theirs.recv(&mut got) {
+                assert!(n > VIRTIO_LEN);
+                reads += 1;
+            }
+            reads
+        };
+        assert!(round(&mut pump, &mut totals) < 48, "some are joined");
+        assert_eq!(totals.outbound.packets, 48, "they pass");
+        let taken = taken_by(|| {
+            for _ in 0..100 {
+                round(&mut pump, &mut totals);
+            }
+        });
+        assert_eq!(totals.outbound.packets, 101 * 48);
+        assert_eq!(taken, 0, "offload: {offload}");
+    }
+}
+
+#[test]
+fn the_counting_counts() {
+    assert!(taken_by(|| drop(vec![0_u8; 100])) > 0);
+}
