@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use rvpn_lab::gateway::Gateway;
 use rvpn_lab::machine::Machine;
-use rvpn_lab::serving::{Identity, SOON, echo, http_server, noise, tls_server, visit};
+use rvpn_lab::serving::{
+    Identity, SOON, connect, echo, http_server, listen, noise, tls_server, visit,
+};
 use rvpn_lab::topology::{GW4, at};
 use rvpn_lab::{Helper, Lab, wait_until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -301,4 +303,122 @@ async fn a_password_is_asked_for_before_the_server_sees_anything() {
         .iter()
         .any(|h| h.to_ascii_lowercase().contains("authorization"));
     assert!(!told, "{asked:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_older_clients_words_serve_by_their_protocol() {
+    let lab = Lab::new();
+    let helper = Helper::serving(&lab, "");
+    let legacy = "[[legacy]]\nname = \"old\"\nsecret = \"abc123\"\ndomains = [\"a.example\", \"*.a.example\"]\n";
+    let gateway = Gateway::start(&lab, &helper, legacy);
+    let phone = Machine::new(&lab, "phone", 10);
+    let _heads = http_server(&phone.ns, "127.0.0.1:3000");
+    let identity = Identity::of("shop.a.example");
+    tls_server(&phone.ns, "127.0.0.1:8443", &identity, echo);
+    let pin = gateway.fingerprint();
+    let words = |secret: &str| {
+        let url = format!("wss://{GW4}:443/");
+        let words = [
+            "--locals",
+            "http:a.example:3000,https:shop.a.example:8443",
+            "--stunneld",
+            &url,
+            "--pin",
+            &pin,
+            "--secret",
+            secret,
+        ];
+        words.map(str::to_owned).to_vec()
+    };
+    let mut serve = phone.serving(&words("abc123"), &[]);
+    assert_eq!(serve.until_many("serving", 2).len(), 2);
+    let mut web = Command::new("curl");
+    web.args(["-sS", "--max-time", "10", "--resolve"])
+        .arg(format!("a.example:443:{GW4}"))
+        .args(["http://a.example:443/one", "http://a.example:443/two"]);
+    let output = lab.up.output(&mut web);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(
+        said,
+        "you asked: GET /one HTTP/1.1you asked: GET /two HTTP/1.1"
+    );
+    // TLS untouched, both ways at once, with the server's own certificate.
+    let visitor = visit(&lab.up, "shop.a.example", &identity).await;
+    let (mut reader, mut writer) = tokio::io::split(visitor);
+    let sent = noise(5, 20_000_000);
+    let copy = sent.clone();
+    let writing = tokio::spawn(async move {
+        writer.write_all(&copy).await.expect("a write");
+        writer.shutdown().await.expect("an end");
+    });
+    let mut got = Vec::new();
+    let read = timeout(3 * SOON, reader.read_to_end(&mut got)).await;
+    read.expect("in time").expect("all of it");
+    writing.await.expect("written");
+    assert!(got == sent, "other bytes");
+    assert_eq!(serve.interrupt(), 0);
+    // Another secret signs nothing here.
+    let mut wrong = phone.serve(&words("other"), &[]);
+    assert_eq!(wrong.ended(), 77, "{}", wrong.said());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_that_speak_first_are_heard_on_ports_and_by_ssh() {
+    let lab = Lab::new();
+    let helper = Helper::serving(&lab, "");
+    let gateway = Gateway::start(&lab, &helper, "serve.ssh = \"home.example\"\n");
+    let phone = Machine::new(&lab, "phone", 10);
+    for (port, banner) in [
+        (2222, "SSH-2.0-of_this_machine\r\n"),
+        (5432, "+OK first\r\n"),
+    ] {
+        let listener = listen(&phone.ns, &at("127.0.0.1", port));
+        tokio::spawn(async move {
+            while let Ok((mut tcp, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    tcp.write_all(banner.as_bytes()).await.expect("a banner");
+                    // What comes is sent back behind it.
+                    let (mut from, mut to) = tcp.split();
+                    let _gone = tokio::io::copy(&mut from, &mut to).await;
+                });
+            }
+        });
+    }
+    let login = phone.login(&gateway, "alice", &["home.example"], &[15432]);
+    let words = [
+        "ssh:2222",
+        "tcp:5432",
+        "--name",
+        "home.example",
+        "--port",
+        "15432",
+    ];
+    let mut serve = phone.serving(&login, &words);
+    let serving = serve.until_many("serving", 2);
+    assert_eq!(serving[0]["urls"][0], "ssh://home.example:443");
+    assert_eq!(serving[1]["urls"][0], format!("tcp://{GW4}:15432"));
+    let read = async |tcp: &mut tokio::net::TcpStream, wanted: &str| {
+        let mut got = vec![0; wanted.len()];
+        let read = timeout(SOON, tcp.read_exact(&mut got)).await;
+        read.expect("in time").expect("a read");
+        assert_eq!(String::from_utf8_lossy(&got), wanted);
+    };
+    // On a port the server may speak before the visitor has said a byte.
+    let mut tcp = connect(&lab.up, at(GW4, 15432).parse().expect("address"));
+    read(&mut tcp, "+OK first\r\n").await;
+    tcp.write_all(b"question").await.expect("a write");
+    read(&mut tcp, "question").await;
+    // On the shared one the client shows first what it speaks.
+    let mut ssh = connect(&lab.up, at(GW4, 443).parse().expect("address"));
+    ssh.write_all(b"SSH-2.0-visitor\r\n")
+        .await
+        .expect("a write");
+    read(&mut ssh, "SSH-2.0-of_this_machine\r\nSSH-2.0-visitor\r\n").await;
+    // The port closes with its client.
+    assert_eq!(serve.interrupt(), 0);
+    wait_until("the port is closed", || {
+        lab.up
+            .run(|| std::net::TcpStream::connect(at(GW4, 15432)))
+            .is_err()
+    });
 }

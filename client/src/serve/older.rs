@@ -6,19 +6,19 @@
 //! asks for; whoever asks for no name of ours gets the last port given for
 //! what it speaks, as it always was.
 
+mod guests;
 mod visitor;
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use rvpn_proto::name::Name;
-use rvpn_proto::packer::{Decoder, Frame, Limits, Piece, Profile, Word};
+use rvpn_proto::packer::{Decoder, Limits};
 use rvpn_proto::streams::{Offered, ServedAs};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, interval_at, sleep, timeout};
@@ -27,7 +27,8 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use self::visitor::{Guest, Local, Speaks};
+use self::guests::Guests;
+use self::visitor::{Local, Speaks};
 use super::args::Serve;
 use super::show::Show;
 use super::target::Target;
@@ -40,13 +41,13 @@ use crate::text::now;
 use crate::up::carry::backoff;
 use crate::{reach, tls};
 
-/// Visitors at once.
-const VISITORS: usize = 1024;
 /// Frames that wait for the connection.
 const WAITING: usize = 64;
 /// Longest message, and longest word beside visitors' bytes.
 const MESSAGE: usize = 4 * 1024 * 1024;
 const WORD: usize = 64 * 1024;
+/// How often one that holds up the others is looked at.
+const CROWDED: Duration = Duration::from_millis(2);
 /// How often the connection is asked whether it is there, and how long it has.
 const PING: Duration = Duration::from_secs(15);
 const SILENCE: Duration = Duration::from_secs(40);
@@ -331,6 +332,8 @@ impl Older {
             locals: Arc::clone(&self.locals),
             news: self.news.clone(),
             by_id: HashMap::new(),
+            over: HashSet::new(),
+            full: None,
         };
         let mut decoder = Decoder::new(Limits {
             data: MESSAGE,
@@ -346,7 +349,9 @@ impl Older {
         };
         let end = loop {
             tokio::select! {
-                message = source.next() => {
+                // Whoever cannot take more holds up the rest, but not for long.
+                () = sleep(CROWDED), if guests.full.is_some() => guests.relieve(),
+                message = source.next(), if guests.full.is_none() => {
                     last = Instant::now();
                     match message {
                         Some(Ok(Message::Binary(data))) => {
@@ -377,107 +382,6 @@ impl Older {
         let _late = timeout(super::PARTING, writing).await;
         end
     }
-}
-
-/// Visitors of one connection.
-struct Guests {
-    out: mpsc::Sender<Message>,
-    locals: Arc<[Local]>,
-    news: mpsc::Sender<News>,
-    by_id: HashMap<String, Guest>,
-}
-
-impl Guests {
-    fn take(&mut self, decoder: &mut Decoder, mut data: &[u8]) -> Result<(), String> {
-        while let Some(piece) = decoder.next(&mut data).map_err(|f| f.to_string())? {
-            match piece {
-                Piece::Data { head, bytes, .. } => self.data(head.id, head.word, bytes),
-                Piece::Word { head, body } => match head.word {
-                    Word::Control => self.control(body),
-                    Word::End => {
-                        if let Some(guest) = self.by_id.get(head.id) {
-                            guest.end();
-                        }
-                    }
-                    Word::Error => {
-                        self.by_id.remove(head.id);
-                    }
-                    Word::Pause => self.hold(head.id, true),
-                    Word::Resume => self.hold(head.id, false),
-                    // Servers that speak first are not for these clients.
-                    Word::Connection | Word::Data(_) => {}
-                },
-            }
-        }
-        Ok(())
-    }
-
-    fn hold(&self, id: &str, on: bool) {
-        if let Some(guest) = self.by_id.get(id) {
-            guest.hold(on);
-        }
-    }
-
-    /// Answers what is asked; what is told is of no use here.
-    fn control(&self, body: &[u8]) {
-        let Ok(Value::Array(said)) = serde_json::from_slice(body) else {
-            return;
-        };
-        let Some(id @ 1..) = said.first().and_then(Value::as_i64) else {
-            return;
-        };
-        let answer = json!([-id, null]).to_string();
-        let mut frame = Vec::new();
-        if Frame::control(answer.as_bytes())
-            .encode(Profile::Node2017, &mut frame)
-            .is_ok()
-        {
-            let _full = self.out.try_send(Message::binary(frame));
-        }
-    }
-
-    fn data(&mut self, id: &str, word: Word<'_>, bytes: &[u8]) {
-        self.by_id.retain(|_, guest| !guest.is_over());
-        if let Some(guest) = self.by_id.get(id) {
-            if !guest.give(bytes) {
-                self.by_id.remove(id);
-            }
-            return;
-        }
-        if bytes.is_empty() {
-            return;
-        }
-        let speaks = match word {
-            Word::Data("http") => Some(Speaks::Http),
-            Word::Data("https") => Some(Speaks::Https),
-            _ => None,
-        };
-        let local = speaks.and_then(|speaks| visitor::choose(&self.locals, speaks, bytes));
-        let Some((number, local)) = local.filter(|_| self.by_id.len() < VISITORS) else {
-            visitor::turn_away(&self.out, id, word.as_str());
-            return;
-        };
-        let guest = Guest::begin(
-            id,
-            number,
-            local,
-            word.as_str(),
-            self.out.clone(),
-            self.news.clone(),
-            peer(id),
-        );
-        guest.give(bytes);
-        self.by_id.insert(id.to_owned(), guest);
-    }
-}
-
-/// Where a visitor comes from, by its id.
-fn peer(id: &str) -> SocketAddr {
-    let mut parts = id.splitn(3, ',').skip(1);
-    let ip = parts.next().and_then(|t| t.trim().parse().ok());
-    let port = parts.next().and_then(|t| t.trim().parse().ok());
-    let nowhere = std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
-    SocketAddr::new(ip.unwrap_or(nowhere), port.unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -530,9 +434,9 @@ mod tests {
             assert!(place(wrong).is_err(), "{wrong}");
         }
         assert_eq!(
-            peer("IPv4,198.51.100.7,4711").to_string(),
+            guests::peer("IPv4,198.51.100.7,4711").to_string(),
             "198.51.100.7:4711"
         );
-        assert_eq!(peer("nonsense").to_string(), "0.0.0.0:0");
+        assert_eq!(guests::peer("nonsense").to_string(), "0.0.0.0:0");
     }
 }

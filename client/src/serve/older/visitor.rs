@@ -108,6 +108,8 @@ pub(super) struct Guest {
     held: watch::Sender<bool>,
     out: mpsc::Sender<Message>,
     id: Arc<str>,
+    /// The visitor has ended: nothing more comes for it.
+    pub(super) ended: bool,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -150,30 +152,41 @@ impl Guest {
             held,
             out,
             id,
+            ended: false,
             task,
         }
     }
 
-    /// Gives it bytes; false if it has too many already.
+    /// Gives it bytes; false if it has more now than it should.
     pub(super) fn give(&self, bytes: &[u8]) -> bool {
         let mut gauge = self.gauge.lock().unwrap_or_else(PoisonError::into_inner);
-        if bytes.len() > gauge.room() {
-            // A gateway that does not pause when it is told to.
-            if let Some(message) = frame(&self.id, Word::Error, "", b" ") {
-                let _full = self.out.try_send(message);
-            }
-            return false;
-        }
         gauge.fill(bytes.len());
         if let Some(message) = turn(&self.id, &mut gauge) {
             let _full = self.out.try_send(message);
         }
+        let fits = gauge.room() > 0;
         drop(gauge);
-        self.to.send(Event::Bytes(bytes.to_vec())).is_ok()
+        // One that is over takes nothing, and that is no reason to wait.
+        self.to.send(Event::Bytes(bytes.to_vec())).is_err() || fits
+    }
+
+    /// Whether it has more than it should, still.
+    pub(super) fn is_full(&self) -> bool {
+        let gauge = self.gauge.lock().unwrap_or_else(PoisonError::into_inner);
+        gauge.room() == 0 && !self.is_over()
+    }
+
+    /// Cuts it off, and says so.
+    pub(super) fn cut_off(&self) {
+        if let Some(message) = frame(&self.id, Word::Error, "", b" ") {
+            let _full = self.out.try_send(message);
+        }
+        self.task.abort();
     }
 
     /// The visitor has ended in order.
-    pub(super) fn end(&self) {
+    pub(super) fn end(&mut self) {
+        self.ended = true;
         let _over = self.to.send(Event::End);
     }
 
