@@ -152,7 +152,7 @@ where
 }
 
 /// A status instead of the upgrade.
-fn refused(to: &Address, protocol: &str, answer: &Response<Option<Vec<u8>>>) -> Denied {
+pub(crate) fn refused(to: &Address, protocol: &str, answer: &Response<Option<Vec<u8>>>) -> Denied {
     let status = answer.status();
     let after = answer.headers().get(RETRY_AFTER);
     let after = after

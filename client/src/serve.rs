@@ -6,6 +6,7 @@
 pub(crate) mod args;
 mod auth;
 mod control;
+mod older;
 mod proxy2;
 mod pump;
 mod show;
@@ -64,6 +65,9 @@ pub(crate) async fn run(args: Serve) -> Outcome {
         ["stop", which] => return control::stop(Some(which)).await,
         _ => {}
     }
+    if !args.locals.is_empty() {
+        return older::run(&args).await;
+    }
     let targets = target::parse(&args.targets, &args.name, &args.port)?;
     let (gateway, profile) = profile::choose(&args.choice)?;
     let background = control::is_background();
@@ -97,12 +101,7 @@ pub(crate) async fn run(args: Serve) -> Outcome {
             proxy_protocol: args.proxy_protocol,
             news,
         }),
-        calls: Calls {
-            questions,
-            interrupt: signal(SignalKind::interrupt()).while_doing("listen for signals")?,
-            terminate: signal(SignalKind::terminate()).while_doing("listen for signals")?,
-            hangup: signal(SignalKind::hangup()).while_doing("listen for signals")?,
-        },
+        calls: Calls::new(questions)?,
         heard,
         failures: 0,
         welcomed: false,
@@ -142,6 +141,16 @@ struct Calls {
 }
 
 impl Calls {
+    fn new(questions: mpsc::Receiver<Asked>) -> Outcome<Calls> {
+        let listen = |kind| signal(kind).while_doing("listen for signals");
+        Ok(Calls {
+            questions,
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hangup: listen(SignalKind::hangup())?,
+        })
+    }
+
     /// Answers questions until told to stop.
     async fn stop(&mut self, show: &mut Show) {
         loop {

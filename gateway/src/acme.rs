@@ -10,6 +10,7 @@ mod order;
 mod plan;
 mod validity;
 mod view;
+mod wish;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -27,6 +28,7 @@ use self::files::Held;
 use self::plan::Entry;
 pub(crate) use self::plan::can_have;
 pub use self::view::CertificateRow;
+pub use self::wish::Wish;
 use crate::config::{self, ChallengeKind};
 use crate::tls::Tls;
 
@@ -36,15 +38,6 @@ const SERVED: usize = 1024;
 const LOOK: Duration = Duration::from_secs(2);
 /// Where an authority looks for the text of a challenge.
 pub const CHALLENGE_PATH: &str = "/.well-known/acme-challenge/";
-
-/// What is to have a certificate now.
-#[derive(Clone, Debug, Default)]
-pub struct Wish {
-    /// How, if at all.
-    pub settings: Option<config::Acme>,
-    /// Names of others.
-    pub served: Vec<Name>,
-}
 
 /// Everything about certificates that are got and renewed by themselves.
 pub struct Acme {

@@ -125,32 +125,30 @@ pub fn router(desk: Arc<Desk>) -> Router {
         .route("/listeners/{address}", delete(listeners::remove))
         .route("/keys", get(handlers::keys))
         .route("/keys/{id}", delete(handlers::remove_key));
-    let mut all = Router::new()
+    Router::new()
         .nest("/api/v1", api)
-        .route("/api/servers", get(ancestor::first_servers));
-    for prefix in ancestor::PREFIXES {
-        all = all.nest(prefix, ancestor::routes());
-    }
-    all.layer(axum::middleware::from_fn_with_state(
-        Arc::clone(&desk),
-        guard::token,
-    ))
-    .route("/", get(console::root))
-    .route("/admin", get(console::without_slash))
-    .route("/admin/", get(console::page))
-    .route("/admin/admin.css", get(console::style))
-    .route("/admin/admin.js", get(console::script))
-    .route("/livez", get(handlers::live))
-    .route("/readyz", get(handlers::ready))
-    .fallback(handlers::nowhere)
-    .method_not_allowed_fallback(handlers::not_so)
-    .layer(axum::middleware::from_fn_with_state(
-        Arc::clone(&desk),
-        guard::host,
-    ))
-    .layer(axum::middleware::from_fn(count::requests))
-    .layer(DefaultBodyLimit::max(BODY_LIMIT))
-    .with_state(desk)
+        .route("/api/servers", get(ancestor::first_servers))
+        .merge(ancestor::routes())
+        .layer(axum::middleware::from_fn_with_state(
+            Arc::clone(&desk),
+            guard::token,
+        ))
+        .route("/", get(console::root))
+        .route("/admin", get(console::without_slash))
+        .route("/admin/", get(console::page))
+        .route("/admin/admin.css", get(console::style))
+        .route("/admin/admin.js", get(console::script))
+        .route("/livez", get(handlers::live))
+        .route("/readyz", get(handlers::ready))
+        .fallback(handlers::nowhere)
+        .method_not_allowed_fallback(handlers::not_so)
+        .layer(axum::middleware::from_fn_with_state(
+            Arc::clone(&desk),
+            guard::host,
+        ))
+        .layer(axum::middleware::from_fn(count::requests))
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .with_state(desk)
 }
 
 /// Where the API is served.

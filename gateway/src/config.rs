@@ -7,6 +7,7 @@ mod acme;
 pub(crate) mod check;
 mod demo;
 mod front;
+pub mod import;
 mod log;
 mod nearest;
 mod net;
@@ -16,6 +17,7 @@ pub mod serve;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -189,6 +191,18 @@ pub struct FrontSettings {
     pub other: Option<Name>,
     /// Those who wait to be spoken to.
     pub silent: Option<Name>,
+    /// What those hear whom nobody serves.
+    pub unknown: Unknown,
+}
+
+/// What is said to whoever speaks something that nobody here understands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unknown {
+    /// Nothing.
+    #[default]
+    Close,
+    /// That it is not understood, in JSON.
+    Json,
 }
 
 /// Where the admin API listens.
@@ -278,6 +292,8 @@ pub struct Legacy {
     pub secret: Secret,
     /// Names that its tokens may speak for.
     pub domains: Vec<Pattern>,
+    /// TCP ports of the gateway that its tokens may ask for; any, if not said.
+    pub ports: Option<Vec<RangeInclusive<u16>>>,
     /// Which older reverse tunnel client its users have, if that is to be
     /// known without looking.
     pub profile: Option<Profile>,

@@ -1,9 +1,9 @@
 //! From an accepted socket to whoever it is for.
 //!
 //! One port speaks everything. What a connection is stands in its first bytes,
-//! which are read once, kept and handed on ([`look`]); where it goes is decided
+//! which are read once, kept and handed on (`look`); where it goes is decided
 //! from them, the configuration and the table of who serves what, and from
-//! nothing else ([`decide`]); then it is brought there ([`go`]).
+//! nothing else (`decide`); then it is brought there (`go`).
 //!
 //! Nobody here is known yet, so everything has a deadline and a share: the
 //! number of strangers, those of one place, TLS handshakes, and the time for

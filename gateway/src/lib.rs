@@ -17,6 +17,7 @@ pub mod https;
 pub mod lifecycle;
 pub mod limits;
 pub mod listener;
+pub mod log;
 pub mod meter;
 pub mod packer;
 pub mod page;

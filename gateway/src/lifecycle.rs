@@ -10,8 +10,8 @@ mod run;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
 
 pub use self::run::check_nat_range;
 use crate::config::Config;
@@ -32,6 +32,26 @@ struct Arguments {
     /// Check the configuration and the files it names, then exit.
     #[arg(long)]
     check: bool,
+
+    /// Something else than serving.
+    #[command(subcommand)]
+    task: Option<Task>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Configurations.
+    #[command(subcommand)]
+    Config(ConfigTask),
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigTask {
+    /// Print the configuration of a go-rvpn-server (YAML) as one of ours.
+    Import {
+        /// Its file.
+        file: PathBuf,
+    },
 }
 
 /// Why the gateway did not start or ended badly, by exit code.
@@ -74,9 +94,10 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    let done = match arguments.check {
-        true => check(&arguments.config),
-        false => prepare::prepare(&arguments.config).and_then(run::run),
+    let done = match (&arguments.task, arguments.check) {
+        (Some(Task::Config(ConfigTask::Import { file })), _) => import(file),
+        (None, true) => check(&arguments.config),
+        (None, false) => prepare::prepare(&arguments.config).and_then(run::run),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -89,6 +110,17 @@ pub fn main() -> ExitCode {
 
 fn load(path: &Path) -> Result<Config, Failure> {
     Config::load(path, |name| std::env::var(name).ok()).map_err(|e| Failure::Config(e.into()))
+}
+
+/// Says another program's configuration in our words, on standard output.
+fn import(path: &Path) -> Result<(), Failure> {
+    let wrong = |e: &dyn std::fmt::Display| {
+        Failure::Config(anyhow::anyhow!("cannot import {}: {e}", path.display()))
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| wrong(&e))?;
+    let out = crate::config::import::import(&text, path).map_err(|e| wrong(&e))?;
+    print!("{out}");
+    Ok(())
 }
 
 /// What starting would find out about the configuration, without starting.

@@ -152,8 +152,7 @@ async fn run(shared: Arc<Shared>, arrival: Arrival, socket: Socket, seat: Seat) 
         Err(over) => over,
     };
     let known = !run.state.is_stranger();
-    run.state.end();
-    let Run { mut socket, .. } = run;
+    let mut socket = run.into_socket();
     match over {
         Over::Lost(why) if known => info!(why, "client lost"),
         Over::Lost(why) => debug!(why, "a stranger left"),

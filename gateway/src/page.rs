@@ -57,7 +57,7 @@ pub struct Part {
 
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
-static PARTS: [Part; 6] = [
+static PARTS: [Part; 9] = [
     Part {
         name: "",
         kind: "text/html; charset=utf-8",
@@ -82,6 +82,21 @@ static PARTS: [Part; 6] = [
         name: "packet.js",
         kind: SCRIPT,
         text: include_str!("page/packet.js"),
+    },
+    Part {
+        name: "serve.js",
+        kind: SCRIPT,
+        text: include_str!("page/serve.js"),
+    },
+    Part {
+        name: "answer.js",
+        kind: SCRIPT,
+        text: include_str!("page/answer.js"),
+    },
+    Part {
+        name: "mux.js",
+        kind: SCRIPT,
+        text: include_str!("page/mux.js"),
     },
     Part {
         name: "demo.js",

@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use front_support::Lab;
 use front_support::client::{Reply, ask, frame, login};
 use front_support::tokens::{Signer, b64, claims};
+use front_support::{Lab, NAME};
 use rvpn_gateway::api::view::{QueueRow, SessionRow};
 use rvpn_gateway::api::{self, Desk, SessionDirectory};
 use rvpn_gateway::meter::flush::UsageStore;
@@ -345,6 +345,34 @@ async fn an_invite_leads_a_device_in_and_its_key_can_be_removed() {
 }
 
 #[tokio::test]
+async fn an_invite_says_what_its_devices_may_serve() {
+    let office = Office::open().await;
+    let ask_for =
+        json!({"account": "alice", "names": ["App.ex.org", "*.x.ex.org"], "ports": [15432]});
+    let (status, made) = office
+        .call("POST", "/api/v1/invites", &ask_for.to_string())
+        .await;
+    assert_eq!(status, 201, "{made}");
+    assert_eq!(made["invite"]["names"], json!(["app.ex.org", "*.x.ex.org"]));
+    assert_eq!(made["invite"]["ports"], json!([15432]));
+    let many: Vec<u16> = (1..300).collect();
+    for (what, odd) in [
+        ("names", json!(["*.org"])),
+        ("names", json!(["a b"])),
+        ("names", json!([NAME])),
+        ("ports", json!([0])),
+        ("ports", json!([65536])),
+        ("ports", json!(many)),
+    ] {
+        let mut ask_for = json!({"account": "alice"});
+        ask_for[what] = odd;
+        let ask_for = ask_for.to_string();
+        let (status, why) = office.call("POST", "/api/v1/invites", &ask_for).await;
+        assert_eq!(status, 400, "{ask_for}: {why}");
+    }
+}
+
+#[tokio::test]
 async fn a_revocation_is_made_listed_and_taken_back() {
     let office = Office::open().await;
     let token = office.lab.ops.good();
@@ -388,7 +416,7 @@ async fn the_configuration_is_shown_without_secrets() {
     assert!(!config.to_string().contains(&office.token));
     let health = office.get("/api/v1/health").await;
     assert_eq!(health["ready"], true);
-    for nowhere in ["/", "/api", "/api/v2/health", "/api/v1/nothing", "/console"] {
+    for nowhere in ["/api", "/api/v2/health", "/api/v1/nothing", "/console"] {
         assert_eq!(office.call("GET", nowhere, "").await.0, 404, "{nowhere}");
     }
     assert_eq!(office.call("PUT", "/api/v1/health", "").await.0, 405);

@@ -268,7 +268,11 @@ impl Served {
     }
 
     fn ask(&self, request: &str) -> (String, TcpStream) {
-        let mut io = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        self.ask_at(self.port, request)
+    }
+
+    fn ask_at(&self, port: u16, request: &str) -> (String, TcpStream) {
+        let mut io = TcpStream::connect(("127.0.0.1", port)).unwrap();
         io.set_read_timeout(Some(PATIENCE)).unwrap();
         io.write_all(request.as_bytes()).unwrap();
         let mut head = Vec::new();
@@ -280,10 +284,14 @@ impl Served {
     }
 
     fn login(&self) -> (String, TcpStream) {
+        self.login_at(self.port)
+    }
+
+    fn login_at(&self, port: u16) -> (String, TcpStream) {
         let token = self.ops.good();
         let more =
             format!("Sec-WebSocket-Protocol: rvpn.packets.1\r\nAuthorization: Bearer {token}\r\n");
-        self.ask(&upgrade(NATIVE, "127.0.0.1", &more))
+        self.ask_at(port, &upgrade(NATIVE, "127.0.0.1", &more))
     }
 
     fn status(&self, field: &str) -> String {
@@ -374,6 +382,100 @@ fn it_serves_locked_in_reloads_without_a_drop_and_ends_in_order() {
     assert_eq!(served.exit_code(), 0);
     assert!(start.elapsed() < Duration::from_secs(15));
     assert!(TcpStream::connect(("127.0.0.1", served.port)).is_err());
+}
+
+/// R-16, with the process locked in: a port is opened and closed by the file
+/// and by the API; one that cannot be opened changes nothing.
+#[test]
+fn r_16_a_caged_gateway_opens_and_closes_ports() {
+    let served = Served::start("");
+    let at = served.dir.path().to_owned();
+    let (second, third) = (free_port(), free_port());
+    let with = |ports: &[u16]| {
+        let blocks = ports.iter().map(|port| {
+            format!("[[listener]]\naddress = \"127.0.0.1:{port}\"\nmode = \"plain\"\n")
+        });
+        configuration(&at, served.port, &blocks.collect::<String>())
+    };
+    let reload = |text: &str, said: &str| {
+        write(&at, text);
+        served.signal(Signal::SIGHUP);
+        served.wait_for(said)
+    };
+    let page = |port: u16| {
+        let mut io = TcpStream::connect(("127.0.0.1", port)).ok()?;
+        io.set_read_timeout(Some(PATIENCE)).unwrap();
+        io.write_all(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        let mut answer = String::new();
+        io.read_to_string(&mut answer).unwrap();
+        Some(answer.starts_with("HTTP/1.1 200 "))
+    };
+    reload(&with(&[second]), "configuration reloaded");
+    assert_eq!((page(second), page(third)), (Some(true), None));
+    // Taken, in the helper's range: nothing of the file comes into force.
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    for (port, why) in [
+        (
+            taken.local_addr().unwrap().port(),
+            "another listener or program",
+        ),
+        (20_000, "16384 to 32767"),
+    ] {
+        let line = reload(&with(&[third, port]), "was not reloaded");
+        assert!(line.contains(why), "{line}");
+        assert_eq!((page(second), page(third)), (Some(true), None));
+    }
+    // Who is here through one that goes stays.
+    let (head, mut session) = served.login_at(second);
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    reload(&with(&[third]), "configuration reloaded");
+    assert_eq!(page(third), Some(true));
+    let deadline = Instant::now() + PATIENCE;
+    while page(second).is_some() {
+        assert!(Instant::now() < deadline, "it does not close");
+    }
+    session.set_nonblocking(true).unwrap();
+    let still = session.read(&mut [0; 16]).unwrap_err();
+    assert_eq!(still.kind(), std::io::ErrorKind::WouldBlock);
+
+    // By the API, and by its absence from the file it is not closed.
+    let asked = free_port();
+    let body = format!("{{\"address\": \"127.0.0.1:{asked}\", \"mode\": \"plain\"}}");
+    let api = |method: &str, path: &str, body: &str| {
+        let mut io = std::os::unix::net::UnixStream::connect(at.join("admin.sock")).unwrap();
+        let request = format!(
+            "{method} /api/v1/listeners{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        io.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        io.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let added = api("POST", "", &body);
+    assert!(
+        added.starts_with("HTTP/1.1 201 ") && added.contains("added"),
+        "{added}"
+    );
+    assert_eq!(page(asked), Some(true));
+    assert!(api("POST", "", &body).contains("exists"));
+    reload(&with(&[third]), "configuration reloaded");
+    assert_eq!(page(asked), Some(true));
+    if getuid().is_root() {
+        // Not root any more.
+        let low = api("POST", "", "{\"address\": \"127.0.0.1:1023\"}");
+        let open = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap();
+        if open.trim() == "1024" {
+            assert!(
+                low.starts_with("HTTP/1.1 422 ") && low.contains("under 1024"),
+                "{low}"
+            );
+        }
+    }
+    let gone = api("DELETE", &format!("/127.0.0.1:{asked}"), "");
+    assert!(gone.starts_with("HTTP/1.1 204 "), "{gone}");
+    assert_eq!(page(asked), None);
 }
 
 #[test]

@@ -157,6 +157,8 @@ async fn slowly(io: &mut TcpStream, kind: Slow, stop: &AtomicBool) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dos_04_slow_clients_do_not_keep_others_from_being_served() {
     const SECONDS: u64 = 15;
+    // What the tools call available, on a machine that has all of this to do.
+    const AVAILABLE: Duration = Duration::from_secs(5);
     let count = room_for(4000);
     let lab = Arc::new(
         Lab::and("[limits]\npending = 8192\npending-per-address = 1024\nlogin-seconds = 2\n").await,
@@ -170,18 +172,19 @@ async fn dos_04_slow_clients_do_not_keep_others_from_being_served() {
         let (lab, stop, closed) = (Arc::clone(&lab), Arc::clone(&stop), Arc::clone(&closed));
         let kind = kinds[n % kinds.len()];
         slow.push(tokio::spawn(async move {
+            // A thousand a second, as their tools do.
+            sleep(Duration::from_millis(n as u64)).await;
             while !stop.load(Ordering::Relaxed) {
                 // Five places, so that their limits are reached and not the limit of all.
                 let mut io = lab.tcp_from(&format!("127.0.3.{}", n % 5 + 1)).await;
                 slowly(&mut io, kind, &stop).await;
                 closed.fetch_add(1, Ordering::Relaxed);
-                sleep(Duration::from_millis(200)).await;
+                sleep(Duration::from_secs(1)).await;
             }
         }));
     }
     let start = Instant::now();
-    let mut worst = Duration::ZERO;
-    let mut asked = 0;
+    let mut took = Vec::new();
     while start.elapsed() < Duration::from_secs(SECONDS) {
         let at = Instant::now();
         let page = async {
@@ -192,15 +195,12 @@ async fn dos_04_slow_clients_do_not_keep_others_from_being_served() {
             )
             .await
         };
-        let reply = timeout(Duration::from_secs(5), page)
-            .await
-            .expect("a page in time");
+        let reply = timeout(AVAILABLE, page).await.expect("a page in time");
         assert_eq!(reply.status, 200);
         let tcp = lab.tcp_from("127.0.4.2").await;
         let reply = ask(&mut lab.over(tcp).await, &login(&lab.ops.good())).await;
         assert_eq!(reply.status, 101);
-        worst = worst.max(at.elapsed());
-        asked += 1;
+        took.push(at.elapsed());
         sleep(Duration::from_millis(200)).await;
     }
     let grown = resident().saturating_sub(before);
@@ -208,11 +208,14 @@ async fn dos_04_slow_clients_do_not_keep_others_from_being_served() {
     stop.store(true, Ordering::Relaxed);
     join_all(slow).await;
     let closed = closed.load(Ordering::Relaxed);
+    took.sort();
+    let (asked, middle, worst) = (took.len(), took[took.len() / 2], took[took.len() - 1]);
     eprintln!(
-        "{count} slow clients: {asked} times served, at worst in {worst:?}; {pending} strangers, {closed} thrown out, {} KiB each",
+        "{count} slow clients: {asked} times served, in {middle:?}, at worst in {worst:?}; {pending} strangers, {closed} thrown out, {} KiB each",
         grown / 1024 / count
     );
-    assert!(worst < Duration::from_secs(3), "{worst:?}");
+    assert!(middle < Duration::from_secs(1), "{middle:?}");
+    assert!(worst < AVAILABLE, "{worst:?}");
     // Of one place no more than it may have, and they are thrown out again and again.
     assert!(pending <= 5 * 1024 + 16, "{pending}");
     assert!(closed >= count, "{closed}");

@@ -15,14 +15,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use front_support::client::{ask, login, read_to_end};
-use front_support::served::{port_of, serve};
-use front_support::{Lab, PATIENCE};
+use front_support::served::{name_of, port_of, serve};
+use front_support::{Lab, PATIENCE, Setup};
 use greeting::Greeting;
 use rvpn_gateway::config::{Listener, Mode};
 use rvpn_gateway::front::listeners::{Added, Fault, Origin, Purpose};
 use rvpn_gateway::front::named::Named;
-use rvpn_gateway::serve::table::{Ending, Refused};
-use rvpn_proto::name::Name;
+use rvpn_gateway::serve::table::{Ending, Offer, Refused};
+use rvpn_proto::name::{Name, Pattern};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
@@ -243,4 +243,99 @@ async fn r_25_a_clients_own_port_serves_those_who_speak_first_and_those_who_wait
     ));
     let own = lab.at.port();
     assert!(place.listen(own).await.is_err(), "the gateway's own");
+}
+
+/// Between two connections of a client its name is nobody's; a visitor who
+/// comes just then is neither refused nor shown another certificate.
+#[tokio::test]
+async fn r_3_a_greeting_waits_for_a_client_that_is_coming_back() {
+    let lab = Lab::new().await;
+    let table = &lab.front.table;
+    let greeting = Greeting::of(b"app.example").bytes();
+    let offer = || Offer::of(Pattern::parse("app.example").unwrap());
+    let (first, place) = name_of(table, "app.example", |_, io| repeats(io));
+    place.offer(offer()).unwrap();
+    // It takes its own place, and has not said yet what it serves.
+    let (second, next) = name_of(table, "app.example", |_, io| repeats(io));
+    drop(place);
+    let mut io = lab.tcp().await;
+    io.write_all(&greeting).await.unwrap();
+    sleep(Duration::from_millis(200)).await;
+    next.offer(offer()).unwrap();
+    expect(&mut io, &[b"hello ", &greeting[..]].concat()).await;
+    assert_eq!((first.visits(), second.visits()), (0, 1));
+    // One that does not come is not waited for longer than that.
+    drop(next);
+    let mut io = lab.tcp().await;
+    let begun = std::time::Instant::now();
+    io.write_all(&greeting).await.unwrap();
+    let mut answer = [0];
+    timeout(PATIENCE, io.read_exact(&mut answer))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(
+        begun.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert_eq!(second.visits(), 1);
+}
+
+/// Behind a proxy every protocol is told apart as in front of it, and a server
+/// hears of the visitor and not of the proxy.
+#[tokio::test]
+async fn pro_04_a_proxys_header_precedes_any_protocol() {
+    let lab = Lab::with(Setup {
+        listener: "proxy-from = [\"127.0.0.2\"]\n",
+        more: "[limits]\nlogin-seconds = 3\n[front]\ndefault-service = \"box.example\"\nsilent = \"box.example\"\n".into(),
+    })
+    .await;
+    let tells = |name: &str| {
+        serve(
+            &lab.front.table,
+            name,
+            None,
+            Ending::There,
+            |visit, mut io| async move {
+                let line = format!("{} {}", visit.service, visit.peer);
+                drop(io.write_all(line.as_bytes()).await);
+                // Whoever ends without having read cuts the other side off.
+                drop(tokio::io::copy(&mut io, &mut tokio::io::sink()).await);
+            },
+        )
+    };
+    let (app, other) = (tells("app.example"), tells("box.example"));
+    let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c".to_vec();
+    header.extend([198, 51, 100, 7, 10, 0, 0, 1, 0x30, 0x39, 1, 0xbb]);
+    let greeting = Greeting::of(b"app.example").bytes();
+    for (first, told) in [
+        (&greeting[..], "https 198.51.100.7:12345"),
+        (b"SSH-2.0-x\r\n", "ssh 198.51.100.7:12345"),
+        (b"\x01\x02", "tcp 198.51.100.7:12345"),
+        (b"", "tcp 198.51.100.7:12345"),
+    ] {
+        // In one segment with the header, and behind it.
+        for cut in [0, header.len()] {
+            let mut io = lab.tcp_from("127.0.0.2").await;
+            let all = [&header[..], first].concat();
+            io.write_all(&all[..cut]).await.unwrap();
+            sleep(Duration::from_millis(20)).await;
+            io.write_all(&all[cut..]).await.unwrap();
+            expect(&mut io, told.as_bytes()).await;
+        }
+    }
+    assert_eq!((app.visits(), other.visits()), (2, 6));
+    // From others it is no header but bytes like any.
+    let mut io = lab.tcp_from("127.0.0.3").await;
+    io.write_all(&[&header[..], &greeting].concat())
+        .await
+        .unwrap();
+    let mut answer = vec![0; 14];
+    timeout(PATIENCE, io.read_exact(&mut answer))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(answer, b"tcp 127.0.0.3:");
+    assert_eq!(app.visits(), 2);
 }

@@ -15,13 +15,14 @@ use std::time::{Duration, Instant};
 
 use front_support::client::{ask, login, read_reply, read_to_end};
 use front_support::served::{serve, tls_device};
+use front_support::trust::trusting;
 use front_support::{Lab, NAME, PATIENCE};
 use futures_util::future::join_all;
 use futures_util::{SinkExt, StreamExt};
 use greeting::Greeting;
 use rustls::pki_types::{CertificateDer, ServerName};
-use rvpn_gateway::serve::Visit;
 use rvpn_gateway::serve::table::Ending;
+use rvpn_gateway::serve::{Service, Visit};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
@@ -43,6 +44,9 @@ enum Kind {
     DeviceB,
     UnknownName,
     UnknownHost,
+    Forwarded,
+    ForwardedFromTls,
+    ForwardedToAddress,
     Ssh,
     Other,
     Silent,
@@ -52,7 +56,7 @@ enum Kind {
     BadName,
 }
 
-const KINDS: [Kind; 17] = [
+const KINDS: [Kind; 20] = [
     Kind::Page,
     Kind::PageWithoutTls,
     Kind::PageWithoutName,
@@ -63,6 +67,9 @@ const KINDS: [Kind; 17] = [
     Kind::DeviceB,
     Kind::UnknownName,
     Kind::UnknownHost,
+    Kind::Forwarded,
+    Kind::ForwardedFromTls,
+    Kind::ForwardedToAddress,
     Kind::Ssh,
     Kind::Other,
     Kind::Silent,
@@ -73,7 +80,7 @@ const KINDS: [Kind; 17] = [
 ];
 
 /// All of them at once, from several places.
-const CROWD: usize = 510;
+const CROWD: usize = 500;
 
 /// Says who it is, then repeats.
 async fn answering(who: &'static str, _: Visit, mut io: DuplexStream) {
@@ -83,6 +90,25 @@ async fn answering(who: &'static str, _: Visit, mut io: DuplexStream) {
         if io.write_all(&bytes[..n]).await.is_err() {
             return;
         }
+    }
+}
+
+/// A web server without TLS that tells for which host it was asked.
+async fn website(_: Visit, mut io: DuplexStream) {
+    let mut head = Vec::new();
+    while let Ok(1..) = io.read_buf(&mut head).await {
+        if !head.ends_with(b"\r\n\r\n") {
+            continue;
+        }
+        let text = String::from_utf8_lossy(&head).to_ascii_lowercase();
+        let host = text.lines().find_map(|l| l.strip_prefix("host:"));
+        let body = format!("site of {}", host.unwrap_or("nobody").trim());
+        let length = body.len();
+        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{body}");
+        if io.write_all(answer.as_bytes()).await.is_err() {
+            return;
+        }
+        head.clear();
     }
 }
 
@@ -119,6 +145,8 @@ async fn echoed<S: AsyncRead + AsyncWrite + Unpin>(mut io: S, token: &str, word:
     assert_eq!(answer.unwrap().unwrap(), Message::text(word));
 }
 
+type Tls = tokio_rustls::client::TlsStream<TcpStream>;
+
 /// Those who are known.
 struct Town {
     lab: Lab,
@@ -139,6 +167,12 @@ impl Town {
         let word = format!("{n:08}");
         io.write_all(word.as_bytes()).await.unwrap();
         expect(&mut io, format!("{name}: {word}").as_bytes()).await;
+    }
+
+    /// TLS with whatever certificate.
+    async fn anybody(&self, name: &str, tcp: TcpStream) -> Tls {
+        let name = ServerName::try_from(name.to_owned()).unwrap();
+        trusting().connect(name, tcp).await.unwrap()
     }
 
     /// Comes, and checks that the answer is the right one for its kind.
@@ -188,7 +222,31 @@ impl Town {
             }
             Kind::UnknownHost => {
                 let status = ask(&mut tcp, &page("nobody.example")).await.status;
-                assert!(status == 421 || status == 502, "{status}");
+                assert_eq!(status, 502);
+            }
+            // by Host, whatever the port and the letters.
+            Kind::Forwarded => {
+                let reply = ask(&mut tcp, &page("Web.Example:80")).await;
+                assert_eq!(reply.status, 200);
+                assert!(reply.text().starts_with("site of web.example"), "{reply:?}");
+            }
+            // TLS ends at the gateway, as this client has only HTTP.
+            Kind::ForwardedFromTls => {
+                let mut io = self.anybody("web.example", tcp).await;
+                let reply = ask(&mut io, &page("web.example")).await;
+                assert_eq!(
+                    (reply.status, reply.text()),
+                    (200, "site of web.example".to_owned())
+                );
+            }
+            // no name in TLS, and an address that a client serves.
+            Kind::ForwardedToAddress => {
+                let mut io = self.anybody("127.0.0.77", tcp).await;
+                let reply = ask(&mut io, &page("127.0.0.77")).await;
+                assert_eq!(
+                    (reply.status, reply.text()),
+                    (200, "site of 127.0.0.77".to_owned())
+                );
             }
             Kind::Ssh => {
                 tcp.write_all(b"SSH-2.0-me\r\n").await.unwrap();
@@ -257,6 +315,20 @@ async fn r_1_five_hundred_of_all_kinds_at_once_each_get_the_right_answer() {
         talk("SSH-2.0-box\r\n"),
     );
     let other = serve(table, "other.example", None, Ending::There, talk("other "));
+    let web = serve(
+        table,
+        "web.example",
+        Some(Service::Http),
+        Ending::There,
+        website,
+    );
+    let address = serve(
+        table,
+        "127.0.0.77",
+        Some(Service::Http),
+        Ending::There,
+        website,
+    );
     let mail = serve(table, "mail.example", None, Ending::There, talk("220 mail"));
     let town = Arc::new(Town { lab, a, b });
     let start = Instant::now();
@@ -274,6 +346,66 @@ async fn r_1_five_hundred_of_all_kinds_at_once_each_get_the_right_answer() {
     let each = CROWD / KINDS.len();
     let visits = [&first, &second, &ssh, &other, &mail].map(|d| d.visits());
     assert_eq!(visits, [each; 5], "nobody came to the wrong one");
+    assert_eq!((web.visits(), address.visits()), (2 * each, each));
     assert_eq!(town.lab.echo.count(), 2 * each);
     eprintln!("{CROWD} connections in {:?}", start.elapsed());
+}
+
+/// whoever asks for an address says no name in TLS, which then ends at the
+/// gateway; the request leads to the client that serves the address.
+#[tokio::test]
+async fn r_4_tls_without_a_name_ends_here_and_goes_by_host() {
+    let lab = Lab::new().await;
+    let address = serve(
+        &lab.front.table,
+        "127.0.0.1",
+        Some(Service::Http),
+        Ending::There,
+        website,
+    );
+    let name = || ServerName::from(std::net::IpAddr::from([127, 0, 0, 1]));
+    for (host, expected) in [
+        ("127.0.0.1:8443", (200, "site of 127.0.0.1:8443")),
+        ("127.0.0.1", (200, "site of 127.0.0.1")),
+    ] {
+        let mut io = trusting().connect(name(), lab.tcp().await).await.unwrap();
+        let reply = ask(&mut io, &page(host)).await;
+        assert_eq!((reply.status, &*reply.text()), expected);
+    }
+    assert_eq!(address.visits(), 2);
+    // The gateway's own name, asked for in the same way, is still its own.
+    let mut io = trusting().connect(name(), lab.tcp().await).await.unwrap();
+    let reply = ask(&mut io, &page(NAME)).await;
+    assert_eq!((reply.status, address.visits()), (200, 2));
+}
+
+/// a name that nobody serves is shown the gateway's certificate and a page
+/// that is the same whether it was ever served or not.
+#[tokio::test]
+async fn r_27_a_name_that_nobody_serves_gets_a_page_that_tells_nothing() {
+    let lab = Lab::new().await;
+    let left = serve(
+        &lab.front.table,
+        "left.example",
+        None,
+        Ending::There,
+        website,
+    );
+    drop(left);
+    let mut pages = Vec::new();
+    for host in ["left.example", "never.example"] {
+        let server = ServerName::try_from(host).unwrap();
+        let mut io = trusting().connect(server, lab.tcp().await).await.unwrap();
+        let shown = io.get_ref().1.peer_certificates().unwrap()[0].clone();
+        let own = rvpn_gateway::tls::Fingerprint::of(&shown);
+        assert_eq!(own, lab.front.tls.fingerprint());
+        let reply = ask(&mut io, &page(host)).await;
+        assert_eq!(reply.status, 502, "{reply:?}");
+        pages.push(reply.text().replace(host, "NAME"));
+        let reply = ask(&mut lab.tcp().await, &page(host)).await;
+        assert_eq!(reply.status, 502);
+        pages.push(reply.text().replace(host, "NAME"));
+    }
+    pages.dedup();
+    assert_eq!(pages.len(), 1, "{pages:?}");
 }

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use front_support::client::{ask, read_reply, read_to_end};
 use front_support::served::{Device, compare, serve, tls_device};
+use front_support::trust::trusting;
 use front_support::{Lab, NAME, PATIENCE, Setup};
 use futures_util::future::join_all;
 use greeting::{Greeting, list8, names, records};
@@ -83,7 +84,7 @@ async fn exchange(lab: &Lab, bytes: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn pro_02_a_greeting_in_any_segments_goes_to_the_same_device_untouched() {
+async fn r_2_and_pro_02_a_greeting_in_any_segments_goes_to_the_same_device_untouched() {
     let lab = Lab::and(ROOM).await;
     let bytes = real_greeting(&lab, DEVICE);
     let device = witness(&lab, &bytes);
@@ -685,13 +686,7 @@ async fn any(lab: &Lab, name: &str) -> Shown {
 
 /// Connects believing anybody, as far as signatures are right.
 async fn offering(lab: &Lab, name: &str, protocol: &[u8]) -> std::io::Result<Shown> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
-        .with_no_client_auth();
+    let mut config = (**trusting().config()).clone();
     config.alpn_protocols = vec![protocol.to_vec()];
     let name = ServerName::try_from(name.to_owned()).unwrap();
     let io = TlsConnector::from(Arc::new(config))
@@ -699,46 +694,6 @@ async fn offering(lab: &Lab, name: &str, protocol: &[u8]) -> std::io::Result<Sho
         .await?;
     let shown = io.get_ref().1.peer_certificates().unwrap()[0].clone();
     Ok((shown, io))
-}
-
-#[derive(Debug)]
-struct Anybody(Arc<rustls::crypto::CryptoProvider>);
-
-impl rustls::client::danger::ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: rustls::pki_types::UnixTime,
-    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
-        Ok(rustls::client::danger::ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        let known = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signed, known)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        let known = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signed, known)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
 }
 
 /// Greets first, then repeats.
@@ -800,6 +755,34 @@ async fn r_26_ssh_and_unknown_protocols_go_where_the_configuration_says() {
     drop(ssh);
     assert!(exchange(&lab, b"SSH-2.0-x\r\n").await.is_empty());
     assert_eq!((other.visits(), silent.visits()), (1, 1));
+}
+
+#[tokio::test]
+async fn r_26_ssh_inside_tls_goes_to_the_client_in_whose_place_tls_ends() {
+    let lab = Lab::and(ROOM).await;
+    let table = &lab.front.table;
+    let device = serve(table, "soft.example", None, Ending::Here, speaks_first);
+    for (sent, greeted) in [
+        (&b"SSH-2.0-x\r\n"[..], "220 ssh on true\r\n"),
+        (b"\0binary", "220 tcp on true\r\n"),
+    ] {
+        let (_, mut io) = any(&lab, "soft.example").await;
+        io.write_all(sent).await.unwrap();
+        let mut answer = vec![0; greeted.len() + sent.len()];
+        let read = timeout(PATIENCE, io.read_exact(&mut answer)).await;
+        read.unwrap().unwrap();
+        assert_eq!(answer, [greeted.as_bytes(), sent].concat());
+    }
+    assert_eq!(device.visits(), 2);
+    // Not for the gateway's own name: there it is HTTP or nothing.
+    let (_, mut io) = any(&lab, NAME).await;
+    io.write_all(b"SSH-2.0-x\r\n\r\n").await.unwrap();
+    let answer = read_to_end(&mut io).await;
+    assert!(
+        answer.is_empty() || answer.starts_with(b"HTTP/1.1 400"),
+        "{answer:?}"
+    );
+    assert_eq!(device.visits(), 2);
 }
 
 #[tokio::test]

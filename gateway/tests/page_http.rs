@@ -7,10 +7,13 @@ use front_support::tokens::{Signer, claims};
 use front_support::{Lab, NAME};
 use rvpn_gateway::page::CLIENT_HEADERS;
 
-const PARTS: [(&str, &str); 6] = [
+const PARTS: [(&str, &str); 9] = [
     ("", "text/html; charset=utf-8"),
     ("client.css", "text/css; charset=utf-8"),
     ("client.js", "text/javascript; charset=utf-8"),
+    ("serve.js", "text/javascript; charset=utf-8"),
+    ("answer.js", "text/javascript; charset=utf-8"),
+    ("mux.js", "text/javascript; charset=utf-8"),
     ("tunnel.js", "text/javascript; charset=utf-8"),
     ("packet.js", "text/javascript; charset=utf-8"),
     ("demo.js", "text/javascript; charset=utf-8"),

@@ -1,79 +1,73 @@
 //! Making the kernel look like the plan, reading back how far it does, and
 //! removing every trace of it again.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 
-use rvpn_ipc::Slot;
+use ipnet::IpNet;
 
 use crate::config::Config;
-use crate::kernel::link::{self, Link, TunState};
-use crate::kernel::sysctl::{self, Journal};
+use crate::kernel::link::{self, Link};
+use crate::kernel::sysctl;
 use crate::kernel::tun::{OFFLOAD, Tun};
 use crate::kernel::{Kernel, conntrack, ruleset};
-use crate::plan::{self, Live, Tag};
+use crate::plan::{self, Device};
 
 /// Devices configured in one go: few enough that nothing else waits for long.
 const BATCH: usize = 64;
 
-/// A device of ours as found.
-#[derive(Clone, Debug)]
-pub(crate) struct Device {
-    pub(crate) slot: Slot,
-    pub(crate) index: u32,
-    pub(crate) tag: Tag,
-    /// Exactly as we make them; else it is made again before anybody gets it.
-    pub(crate) sound: bool,
-}
-
 /// The host's links, sorted into ours and those in our way.
 #[derive(Default)]
 pub(crate) struct Survey {
-    pub(crate) ours: Vec<Device>,
+    /// In the order of their slots; true for those exactly as we make them, of which
+    /// any other is made again before anybody gets it.
+    pub(crate) ours: Vec<(Device, bool)>,
     /// Names and groups of ours on devices we did not make.
     pub(crate) foreign: Vec<String>,
     /// One of these is in our group.
     shared_group: bool,
 }
 
-pub(crate) fn survey(k: &mut Kernel) -> io::Result<Survey> {
-    let mut found = Survey::default();
-    for l in link::dump(k)? {
+/// Reads back what is there, or the device of this index alone.
+pub(crate) fn survey(k: &mut Kernel, of: Option<u32>) -> io::Result<Survey> {
+    let (mut found, links) = (Survey::default(), link::get(k, of)?);
+    if links.is_empty() {
+        return Ok(found);
+    }
+    let addresses = link::addresses(k, of)?.into_iter();
+    let addresses: BTreeSet<(u32, IpNet)> = addresses.map(|f| (f.index, f.net)).collect();
+    for l in links {
         let grouped = l.group == k.config.link_group;
-        match (plan::slot_of(&l.name), Tag::from_alias(&l.alias), &l.tun) {
-            (Some(slot), Some(tag), Some(_)) if grouped => {
-                let (index, sound) = (l.index, is_sound(&k.config, &l));
-                found.ours.push(Device {
-                    slot,
-                    index,
-                    tag,
-                    sound,
-                });
+        match ours(&k.config, &l) {
+            Some(d) => {
+                let hosts = d.hosts(&k.config);
+                let [v4, v6] = hosts.map(|host| addresses.contains(&(d.index, host)));
+                // The IPv6 address comes with a lease.
+                let addressed = v4 && (v6 || d.lease.is_none());
+                found.ours.push((d, addressed && is_sound(&k.config, &l)));
             }
-            (None, _, _) if !grouped => {}
-            _ => {
+            None if plan::slot_of(&l.name).is_none() && !grouped => {}
+            None => {
                 found.shared_group |= grouped;
                 found.foreign.push(l.name);
             }
         }
     }
-    found.ours.sort_unstable_by_key(|d| d.slot);
+    found.ours.sort_unstable_by_key(|d| d.0.slot);
     Ok(found)
 }
 
-/// Whether the link is a slot exactly as we make them.
-pub(crate) fn is_sound(c: &Config, l: &Link) -> bool {
-    let ours = l.group == c.link_group && l.up && l.mtu == u32::from(c.mtu);
-    let owned = |t: TunState| t.sound && t.owner == Some(c.helper.uid);
-    ours && l.tun.is_some_and(owned)
+/// The slot's device that a link is, by all that only we give to one.
+fn ours(c: &Config, l: &Link) -> Option<Device> {
+    let ours = l.tun && l.group == c.link_group;
+    Device::read(&l.name, &l.alias, l.index).filter(|_| ours)
 }
 
-/// Whether the device still has its host addresses: the IPv6 one comes with a lease.
-pub(crate) fn addressed(k: &mut Kernel, slot: Slot, index: u32, leased: bool) -> io::Result<bool> {
-    let hosts = plan::hosts(&k.config, slot);
-    let found = link::addresses(k, Some(index))?;
-    let has = |host| found.iter().any(|f| f.net == host);
-    Ok(has(hosts[0]) && (!leased || has(hosts[1])))
+/// Whether the link is a slot exactly as we make them, addresses aside.
+pub(crate) fn is_sound(c: &Config, l: &Link) -> bool {
+    let ours = l.group == c.link_group && l.owner == Some(c.helper.uid);
+    ours && l.tun && l.whole && l.up && l.mtu == u32::from(c.mtu)
 }
 
 /// The error for a device that somebody else made under one of our names.
@@ -83,23 +77,44 @@ pub(crate) fn foreign(name: &str) -> io::Error {
     io::Error::new(io::ErrorKind::AlreadyExists, text)
 }
 
+/// The interfaces client traffic may leave by, by index, sorted.
+pub(crate) fn uplinks(k: &mut Kernel) -> io::Result<Vec<u32>> {
+    let mut found: Vec<u32> = if k.config.uplink.is_empty() {
+        let defaults = link::routes(k)?.into_iter();
+        let defaults = defaults.filter(|r| r.net.prefix_len() == 0 && r.index > 1);
+        defaults.map(|r| r.index).collect()
+    } else {
+        let (links, c) = (link::get(k, None)?, &k.config);
+        let named = |l: &&Link| c.uplink.contains(&l.name) && l.group != c.link_group;
+        links.iter().filter(named).map(|l| l.index).collect()
+    };
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
 /// Switches forwarding on where client traffic comes back in, and keeps our addresses silent there.
 pub(crate) fn open_uplinks(k: &mut Kernel, uplinks: &[u32]) -> io::Result<()> {
-    let mut journal = Journal::open(&k.config.state)?;
     for &index in uplinks {
-        let name = link::get(k, index)?.name;
-        let v4 = format!("net/ipv4/conf/{name}");
-        let v6 = format!("net/ipv6/conf/{name}");
-        journal.raise(&format!("{v4}/forwarding"), "1")?;
-        journal.raise(&format!("{v4}/arp_ignore"), "1")?;
-        journal.raise(&format!("{v4}/arp_announce"), "2")?;
-        if !journal.raise(&format!("{v6}/force_forwarding"), "1")? {
+        let uplink = link::get(k, Some(index))?;
+        let Some(Link { name, .. }) = uplink.first() else {
+            continue;
+        };
+        let raise = |setting: &str, value| sysctl::raise(&k.config.state, setting, value);
+        for (setting, value) in [
+            ("forwarding", "1"),
+            ("arp_ignore", "1"),
+            ("arp_announce", "2"),
+        ] {
+            raise(&format!("net/ipv4/conf/{name}/{setting}"), value)?;
+        }
+        if !raise(&format!("net/ipv6/conf/{name}/force_forwarding"), "1")? {
             // A router ignores advertisements unless told otherwise: the default route must stay.
-            let accept = format!("{v6}/accept_ra");
+            let accept = format!("net/ipv6/conf/{name}/accept_ra");
             if sysctl::is(&accept, "1")? {
-                journal.raise(&accept, "2")?;
+                raise(&accept, "2")?;
             }
-            journal.raise("net/ipv6/conf/all/forwarding", "1")?;
+            raise("net/ipv6/conf/all/forwarding", "1")?;
         }
     }
     Ok(())
@@ -109,23 +124,23 @@ pub(crate) fn open_uplinks(k: &mut Kernel, uplinks: &[u32]) -> io::Result<()> {
 /// failure before leaves none behind and one after leaves what is known as ours.
 /// They come up once nobody holds them: a device without carrier costs the kernel
 /// no walk of all IPv6 routes, without which 10,000 take a fifth of the time.
-pub(crate) fn create(k: &mut Kernel, slots: &[(Slot, Tag)]) -> io::Result<Vec<(Slot, u32)>> {
-    let mut all = Vec::with_capacity(slots.len());
-    for some in slots.chunks(BATCH) {
+pub(crate) fn create(k: &mut Kernel, wanted: &[Device]) -> io::Result<Vec<Device>> {
+    let mut all = Vec::with_capacity(wanted.len());
+    for some in wanted.chunks(BATCH) {
         let (mut tuns, mut made) = (Vec::new(), Vec::new());
-        for &(slot, tag) in some {
-            let (tun, index) = fresh(k, slot)?;
+        for &d in some {
+            let (tun, index) = fresh(k, &d.name())?;
             tuns.push(tun);
-            made.push((slot, index, tag));
+            made.push(Device { index, ..d });
         }
         let done = link::tag(k, &made)
             .and_then(|()| tuns.into_iter().try_for_each(keep))
             .and_then(|()| link::bring_up(k, &made));
         if let Err(e) = done {
-            made.iter().try_for_each(|m| link::delete(k, m.1))?;
+            made.iter().try_for_each(|d| link::delete(k, d.index))?;
             return Err(e);
         }
-        all.extend(made.into_iter().map(|(slot, index, _)| (slot, index)));
+        all.extend(made);
     }
     Ok(all)
 }
@@ -142,20 +157,18 @@ fn keep(tun: Tun) -> io::Result<()> {
 
 /// A device that did not exist before, and its index. From here on it is known
 /// by the index alone: a name can be given to something else meanwhile.
-fn fresh(k: &mut Kernel, slot: Slot) -> io::Result<(Tun, u32)> {
-    let name = plan::device_name(slot);
-    if link::index_of(k, &name)?.is_some() {
-        return Err(foreign(&name));
+fn fresh(k: &mut Kernel, name: &str) -> io::Result<(Tun, u32)> {
+    if link::named(k, name)?.is_some() {
+        return Err(foreign(name));
     }
-    let tun = Tun::attach(&name)?;
+    let tun = Tun::attach(name)?;
     #[cfg(feature = "fault-hooks")]
     crate::fault::at("created");
-    let index = link::index_of(k, &name)?.ok_or_else(|| foreign(&name))?;
+    let l = link::named(k, name)?.ok_or_else(|| foreign(name))?;
     // Only a device without history is ours; the descriptor proves that it is this one.
-    let l = link::get(k, index)?;
-    let blank = l.group == 0 && l.alias.is_empty() && l.tun.is_some_and(|t| t.owner.is_none());
-    if !blank || tun.name()? != l.name || l.name != name {
-        return Err(foreign(&name));
+    let blank = l.tun && l.group == 0 && l.alias.is_empty() && l.owner.is_none();
+    if !blank || tun.name()? != name {
+        return Err(foreign(name));
     }
     tun.own(k.config.helper.uid)?;
     tun.offload(0)?;
@@ -163,15 +176,16 @@ fn fresh(k: &mut Kernel, slot: Slot) -> io::Result<(Tun, u32)> {
     if sysctl::is(&disabled, "1")? {
         sysctl::write(&disabled, "0")?;
     }
-    Ok((tun, index))
+    Ok((tun, l.index))
 }
 
 /// Attaches to a slot's device for its lease, with the offloads of this lease:
 /// the former holder's outlive it. `EBUSY`: somebody still holds it.
-pub(crate) fn attach(k: &mut Kernel, slot: Slot, index: u32) -> io::Result<(Tun, u16)> {
-    let name = plan::device_name(slot);
+pub(crate) fn attach(k: &mut Kernel, d: &Device) -> io::Result<(Tun, u16)> {
+    let name = d.name();
     let tun = Tun::attach(&name)?;
-    if link::index_of(k, &name)? != Some(index) || tun.name()? != name {
+    let there = link::named(k, &name)?;
+    if there.is_none_or(|l| l.index != d.index) || tun.name()? != name {
         // Deleted meanwhile: what was attached is new, and goes with its descriptor.
         return Err(io::Error::from_raw_os_error(libc::ENODEV));
     }
@@ -180,40 +194,27 @@ pub(crate) fn attach(k: &mut Kernel, slot: Slot, index: u32) -> io::Result<(Tun,
 }
 
 /// Deletes the slot's device, which ends every descriptor of it, and makes a new one.
-pub(crate) fn recreate(k: &mut Kernel, slot: Slot, index: u32, tag: Tag) -> io::Result<u32> {
-    if index != 0 {
-        link::delete(k, index)?;
+pub(crate) fn recreate(k: &mut Kernel, d: Device) -> io::Result<Device> {
+    if d.index != 0 {
+        link::delete(k, d.index)?;
     }
     // One made by an earlier try that failed later on is known by its tag alone.
-    if let Some(left) = link::index_of(k, &plan::device_name(slot))? {
-        let l = link::get(k, left)?;
-        let tagged = l.tun.is_some() && Tag::from_alias(&l.alias).is_some();
-        if tagged && l.group == k.config.link_group {
-            link::delete(k, left)?;
-        }
+    let left = link::named(k, &d.name())?;
+    if let Some(left) = left.and_then(|l| ours(&k.config, &l)) {
+        link::delete(k, left.index)?;
     }
-    let made = create(k, &[(slot, tag)])?;
-    let index = made.first().map(|m| m.1);
-    index.ok_or_else(|| io::Error::other("no device was made"))
-}
-
-/// What holds for all slots: the stream ranges, the uplinks, the table. Returns its rules.
-pub(crate) fn base(k: &mut Kernel, uplinks: &[u32], leases: &[Live]) -> io::Result<usize> {
-    let rules = ruleset::ensure(k, uplinks, leases)?;
-    link::any_ip(k, true)?;
-    open_uplinks(k, uplinks)?;
-    Ok(rules)
+    let made = create(k, &[d])?.pop();
+    made.ok_or_else(|| io::Error::other("no device was made"))
 }
 
 /// Closes the way out while the table is away, puts it back, and opens again.
-pub(crate) fn restore_rules(k: &mut Kernel, uplinks: &[u32], leases: &[Live]) -> io::Result<usize> {
-    link::set_group_up(k, false)?;
-    let rules = ruleset::install(k, uplinks, leases)?;
-    link::set_group_up(k, true)?;
+pub(crate) fn restore_rules(k: &mut Kernel, uplinks: &[u32], live: &[Device]) -> io::Result<usize> {
+    link::set_group(k, Some(false))?;
+    let rules = ruleset::install(k, uplinks, live)?;
+    link::set_group(k, Some(true))?;
     // Going down cost the devices their IPv6 addresses.
-    for some in leases.chunks(BATCH) {
-        let devices: Vec<_> = some.iter().map(|l| (l.slot, l.index)).collect();
-        link::add_hosts6(k, &devices)?;
+    for some in live.chunks(BATCH) {
+        link::add_hosts6(k, some)?;
     }
     Ok(rules)
 }
@@ -221,17 +222,15 @@ pub(crate) fn restore_rules(k: &mut Kernel, uplinks: &[u32], leases: &[Live]) ->
 /// Removes every trace of ours, and nothing else. Returns how many devices were
 /// removed and sysctls put back, and the names of ours that somebody else gave.
 pub(crate) fn teardown(k: &mut Kernel) -> io::Result<(usize, usize, Vec<String>)> {
-    let found = survey(k)?;
-    for some in found.ours.chunks(BATCH) {
-        let devices: Vec<_> = some.iter().map(|d| (d.slot, d.index)).collect();
-        link::unroute(k, &devices);
+    let found = survey(k, None)?;
+    let ours: Vec<Device> = found.ours.iter().map(|d| d.0).collect();
+    for some in ours.chunks(BATCH) {
+        link::unroute(k, some, true);
     }
     if found.shared_group {
-        for d in &found.ours {
-            link::delete(k, d.index)?;
-        }
-    } else if !found.ours.is_empty() {
-        link::delete_group(k)?;
+        ours.iter().try_for_each(|d| link::delete(k, d.index))?;
+    } else if !ours.is_empty() {
+        link::set_group(k, None)?;
     }
     link::any_ip(k, false)?;
     // The devices are gone, so no flow begins again.
@@ -239,9 +238,9 @@ pub(crate) fn teardown(k: &mut Kernel) -> io::Result<(usize, usize, Vec<String>)
         conntrack::flush(k, plan::MARK_TAG, plan::MARK_TAG_MASK)?;
     }
     ruleset::remove(k)?;
-    let sysctls = Journal::open(&k.config.state)?.restore()?;
+    let sysctls = sysctl::restore(&k.config.state)?;
     for path in [k.config.socket.clone(), k.config.lock_path()] {
         sysctl::if_there(fs::remove_file(&path))?;
     }
-    Ok((found.ours.len(), sysctls, found.foreign))
+    Ok((ours.len(), sysctls, found.foreign))
 }

@@ -1,11 +1,13 @@
 //! Whether this host can carry this configuration.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::io;
 use std::path::Path;
 
-use crate::apply;
-use crate::config::Config;
-use crate::kernel::{Kernel, host, link, sysctl, tun};
+use crate::config::{Config, overlap};
+use crate::kernel::{Kernel, link, sysctl, tun};
+use crate::{apply, confine};
 
 /// How much one thing worth saying about the host matters.
 pub(crate) type Weight = &'static str;
@@ -16,54 +18,69 @@ pub(crate) const WRONG: Weight = "wrong";
 
 /// All there is to say about the host. A matter with nothing wrong is said to be good.
 pub(crate) fn host(k: &mut Kernel) -> io::Result<Vec<(Weight, String)>> {
-    let (mut all, c) = (Vec::new(), k.config.clone());
-    let mut judge = |wrong: Vec<String>, good: &str| {
+    let (mut all, c) = (vec![bound_together(&k.config)?], k.config.clone());
+    let mut judge = |good: &str, wrong: Vec<String>| {
         if wrong.is_empty() {
             all.push((GOOD, good.to_owned()));
         }
         all.extend(wrong.into_iter().map(|w| (WRONG, w)));
     };
-    let mut wrong = Vec::new();
-    if !Path::new(tun::DEVICE).exists() {
-        let remedy = "load the module (modprobe tun), or give the container the device";
-        wrong.push(format!("{} is missing: {remedy}", tun::DEVICE));
+    judge("users of their own", two_users(&c));
+
+    let remedy = "load the module (modprobe tun), or give the container the device";
+    let missing =
+        (!Path::new(tun::DEVICE).exists()).then(|| format!("{} is missing: {remedy}", tun::DEVICE));
+    judge("TUN device present", missing.into_iter().collect());
+
+    let found = apply::survey(k, None)?;
+    let foreign = found.foreign.iter().map(|n| apply::foreign(n).to_string());
+    judge("interface names free or ours", foreign.collect());
+
+    let ours: BTreeSet<u32> = found.ours.iter().map(|d| d.0.index).collect();
+    let mut overlaps = Vec::new();
+    for f in [link::routes(k)?, link::addresses(k, None)?].concat() {
+        let theirs = !f.ours && !ours.contains(&f.index) && f.net.prefix_len() > 0;
+        for range in c.own_nets() {
+            if theirs && overlap(&range, &f.net) {
+                let net = f.net.trunc();
+                let what = "an address or route of this host: choose another prefix";
+                overlaps.push(format!("{range} overlaps {net}, {what}"));
+            }
+        }
     }
-    judge(wrong, "TUN device present");
-
-    let overlap = |(ours, theirs)| {
-        format!("{ours} overlaps {theirs}, an address or route of this host: choose another prefix")
-    };
-    let overlaps = host::overlaps(k)?.into_iter().map(overlap);
-    judge(overlaps.collect(), "prefixes free on this host");
-
-    let foreign = apply::survey(k)?.foreign;
-    let foreign = foreign.iter().map(|n| apply::foreign(n).to_string());
-    judge(foreign.collect(), "interface names free or ours");
+    overlaps.sort();
+    overlaps.dedup();
+    judge("prefixes free on this host", overlaps);
 
     let (low, high) = c.nat;
-    let clash = |with: String, what| {
-        format!("nat-range = {low}-{high} {with}: a client could catch {what}; move one of them")
-    };
-    let local = host::local_ports()?.filter(|(from, to)| low <= *to && *from <= high);
-    let local = local.map(|(from, to)| {
-        let with = format!("overlaps ip_local_port_range {from}-{to}");
-        clash(with, "this host's own connections")
-    });
-    let mut bound = host::bound_ports()?;
-    bound.retain(|(_, port)| (low..=high).contains(port));
-    let bound = bound.iter().map(|(table, port)| {
-        let with = format!("contains port {port}, which a program uses ({table})");
-        clash(with, "its traffic")
-    });
-    let shared = local.into_iter().chain(bound).collect();
-    judge(shared, "translation ports used by nobody else");
+    let nat = format!("nat-range = {low}-{high}");
+    let text = sysctl::read("net/ipv4/ip_local_port_range")?.unwrap_or_default();
+    let ends: Vec<u16> = text.split_whitespace().flat_map(str::parse).collect();
+    let mut shared = Vec::new();
+    if let [from, to] = ends[..]
+        && low <= to
+        && from <= high
+    {
+        let what = "a client could catch this host's own connections; move one of them";
+        shared.push(format!(
+            "{nat} overlaps ip_local_port_range {from}-{to}: {what}"
+        ));
+    }
+    for (table, port) in bound_ports()? {
+        if (low..=high).contains(&port) {
+            let what = "a client could catch its traffic; move one of them";
+            let who = format!("port {port}, which a program uses ({table})");
+            shared.push(format!("{nat} contains {who}: {what}"));
+        }
+    }
+    judge("translation ports used by nobody else", shared);
 
-    let (links, uplinks) = (link::dump(k)?, host::uplinks(k)?);
+    let (links, uplinks) = (link::get(k, None)?, apply::uplinks(k)?);
     let leaving = links.iter().filter(|l| uplinks.contains(&l.index));
     let stuck = leaving.map(|l| format!("net/ipv4/conf/{}/forwarding", l.name));
     let stuck = stuck.filter(|s| sysctl::stuck(s));
     let stuck = stuck.map(|s| format!("{s} cannot be switched on: mount /proc/sys writable"));
-    judge(stuck.collect(), "forwarding on, or ours to switch on");
+    judge("forwarding on, or ours to switch on", stuck.collect());
 
     let names: Vec<&str> = links.iter().map(|l| l.name.as_str()).collect();
     let settings = names.iter().chain(&["all", "default"]);
@@ -71,19 +88,28 @@ pub(crate) fn host(k: &mut Kernel) -> io::Result<Vec<(Weight, String)>> {
     let localnet = localnet.filter(|s| sysctl::is(s, "1").unwrap_or(false));
     let harm = "would let clients reach 127.0.0.0/8: set it to 0";
     let localnet = localnet.map(|s| format!("{s} = 1 {harm}"));
-    judge(localnet.collect(), "loopback addresses not routable");
+    judge("loopback addresses not routable", localnet.collect());
 
     let absent = c.uplink.iter().filter(|w| !names.contains(&w.as_str()));
     let remedy = "name an interface of this host";
     let absent = absent.map(|w| format!("uplink '{w}' does not exist: {remedy}"));
-    if !c.uplink.is_empty() {
-        judge(absent.collect(), "uplinks present");
-    } else if uplinks.is_empty() {
-        let none = "there is no default route: clients reach nothing until there is one";
+    judge("uplinks present or found by route", absent.collect());
+    if uplinks.is_empty() {
+        let none = "no uplink: there is no default route; clients reach nothing until then";
         all.push((WARNING, none.to_owned()));
     }
-    all.push(bound_together(&c)?);
     Ok(all)
+}
+
+/// The split between the halves is one between users. A user namespace may have but one.
+fn two_users(c: &Config) -> Vec<String> {
+    let (helper, gateway) = (c.helper.uid, c.gateway.uid);
+    if confine::in_user_namespace() || (helper != gateway && helper != 0 && gateway != 0) {
+        return Vec::new();
+    }
+    let found = format!("helper-user is uid {helper} and gateway-user is uid {gateway}");
+    let wanted = "each needs a user of its own, which is not root's";
+    vec![format!("{found}: {wanted}")]
 }
 
 /// What all clients together can take, against what there is.
@@ -91,7 +117,8 @@ fn bound_together(c: &Config) -> io::Result<(Weight, String)> {
     let cap = c.classes.iter().map(|k| k.flow_cap).max().unwrap_or(0);
     let (clients, ports) = (c.max_slots, u32::from(c.nat.1 - c.nat.0) + 1);
     let all = u64::from(clients) * u64::from(cap);
-    let tracked = host::conntrack_max()?.unwrap_or(u64::MAX);
+    let tracked = sysctl::read("net/netfilter/nf_conntrack_max")?;
+    let tracked = tracked.and_then(|t| t.parse().ok()).unwrap_or(u64::MAX);
     let there = format!("{ports} ports to each destination, {tracked} flows tracked");
     let text = format!("{clients} clients x {cap} flows = {all}; {there}");
     if cap > ports || all > tracked {
@@ -99,4 +126,32 @@ fn bound_together(c: &Config) -> io::Result<(Weight, String)> {
         return Ok((WARNING, warning));
     }
     Ok((GOOD, text))
+}
+
+/// Ports something listens on or is bound to, with the table that says so: there
+/// such a socket has no port at the other end.
+fn bound_ports() -> io::Result<Vec<(&'static str, u16)>> {
+    let port = |s: &str| u16::from_str_radix(s.rsplit(':').next()?, 16).ok();
+    let mut ports = Vec::new();
+    for table in ["tcp", "tcp6", "udp", "udp6"] {
+        let text = sysctl::if_there(fs::read_to_string(format!("/proc/self/net/{table}")))?;
+        for line in text.unwrap_or_default().lines().skip(1) {
+            let mut ends = line.split_whitespace().skip(1).map_while(port);
+            if let (Some(port), Some(0)) = (ends.next(), ends.next()) {
+                ports.push((table, port));
+            }
+        }
+    }
+    ports.sort_unstable();
+    ports.dedup();
+    Ok(ports)
+}
+
+/// Whether something listens on this socket. Nothing is asked of it: it would log a stranger.
+pub(crate) fn listening(socket: &Path) -> io::Result<bool> {
+    const LISTENS: &str = "00010000";
+    let ending = format!(" {}", socket.display());
+    let listens = |l: &str| l.ends_with(&ending) && l.split_whitespace().nth(3) == Some(LISTENS);
+    let table = fs::read_to_string("/proc/self/net/unix")?;
+    Ok(table.lines().any(listens))
 }

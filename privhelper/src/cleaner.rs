@@ -1,4 +1,4 @@
-//! The second thread: proves slots clean and makes new ones, with sockets of its own.
+//! The second thread: proves slots clean, and makes new ones, with sockets of its own.
 //!
 //! An acquire never waits for it. What it does is reported through a channel
 //! and an eventfd the serving loop polls.
@@ -10,36 +10,23 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use rvpn_ipc::Slot;
 
 use crate::apply;
 use crate::config::Config;
 use crate::kernel::tun::Tun;
 use crate::kernel::{Kernel, conntrack, link, ruleset};
-use crate::plan::{self, Live, Tag};
+use crate::plan::{Device, MARK_SLOT_MASK};
 use crate::pool::LET_GO;
 
 const PROBE: Duration = Duration::from_millis(5);
 /// Flows in flight while the lease ends may be added between two flushes.
 const FLUSHES: u32 = 5;
 
-pub(crate) enum Job {
-    /// Slot, its device's index, its generation and former lease.
-    Clean(Slot, u32, Tag),
-    /// Make the slots from the first to before the second.
-    Grow(Slot, Slot),
-}
-
-pub(crate) enum Done {
-    /// The slot is on the device of this index, or stays out of use until it is tried again.
-    Cleaned(Slot, io::Result<u32>),
-    /// Indexes of the devices made, and why it did not go on.
-    Grown(Vec<u32>, io::Result<()>),
-}
-
 pub(crate) struct Cleaner {
-    jobs: Sender<Job>,
-    pub(crate) done: Receiver<Done>,
+    /// Devices to be cleaned, with the lease they had.
+    pub(crate) jobs: Sender<Device>,
+    /// Each such device, and what is in its place now: it stays out of use until that is one.
+    pub(crate) done: Receiver<(Device, io::Result<Device>)>,
     /// Readable when something is done.
     pub(crate) wake: Arc<EventFd>,
     /// The netfilter port of its changes.
@@ -52,22 +39,15 @@ impl Cleaner {
         let port = kernel.filter.port;
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
-        let (jobs, work) = channel();
-        let (report, done) = channel();
-        let signal = Arc::clone(&wake);
         // A starting thread makes system calls it never makes again: they must be over before the filter.
         let started = Arc::new(Barrier::new(2));
-        let here = Arc::clone(&started);
+        let (signal, here) = (Arc::clone(&wake), Arc::clone(&started));
+        let ((jobs, work), (report, done)) = (channel(), channel());
         let run = move || {
             here.wait();
-            for job in work {
-                let result = match job {
-                    Job::Clean(slot, index, former) => {
-                        Done::Cleaned(slot, clean(&mut kernel, slot, index, former))
-                    }
-                    Job::Grow(from, to) => grow(&mut kernel, from, to),
-                };
-                if report.send(result).is_err() || signal.write(1).is_err() {
+            for device in work {
+                let result = clean(&mut kernel, device);
+                if report.send((device, result)).is_err() || signal.write(1).is_err() {
                     return;
                 }
             }
@@ -82,72 +62,55 @@ impl Cleaner {
             port,
         })
     }
-
-    pub(crate) fn submit(&self, job: Job) -> io::Result<()> {
-        let sent = self.jobs.send(job);
-        sent.map_err(|_| io::Error::other("the cleaning thread is gone"))
-    }
-}
-
-fn grow(k: &mut Kernel, from: Slot, to: Slot) -> Done {
-    let mut made = Vec::new();
-    let result = (from..to).try_for_each(|slot| {
-        made.extend(apply::create(k, &[(slot, Tag::NEW)])?.iter().map(|m| m.1));
-        Ok(())
-    });
-    Done::Grown(made, result)
 }
 
 /// Closes the slot's way out, proves that nobody holds its device, and forgets
-/// its flows. Returns the device's index, a new one if there was any doubt.
-fn clean(k: &mut Kernel, slot: Slot, index: u32, former: Tag) -> io::Result<u32> {
-    if let Some(lease) = former.lease {
-        ruleset::remove_lease(k, Live::new(slot, index, lease))?;
+/// its flows. Returns the device, a new one if there was none or any doubt.
+fn clean(k: &mut Kernel, former: Device) -> io::Result<Device> {
+    if former.lease.is_some() {
+        ruleset::remove_lease(k, former)?;
     }
-    let tag = Tag::new(former.generation, None);
+    let lease = None;
+    let mut device = Device { lease, ..former };
     // While we hold it nobody can send through it, so no flow can begin again.
-    let held = hold(k, slot, index);
-    let index = if held.is_some() {
-        link::set_alias(k, index, tag)?;
-        link::drop_host6(k, slot, index);
-        index
+    let held = (device.index != 0).then(|| hold(k, &device)).flatten();
+    if held.is_some() {
+        link::set_alias(k, &device)?;
+        link::unroute(k, &[device], false);
     } else {
-        apply::recreate(k, slot, index, tag)?
-    };
-    forget(k, slot)?;
+        device = apply::recreate(k, device)?;
+    }
+    // A slot nobody ever had has nothing to forget.
+    if device.generation > 0 {
+        forget(k, &device)?;
+    }
     drop(held);
-    Ok(index)
+    Ok(device)
 }
 
 /// Attaches once every former descriptor is closed; `None` when there is any doubt about the device.
-fn hold(k: &mut Kernel, slot: Slot, index: u32) -> Option<Tun> {
-    if index == 0 {
-        return None;
-    }
+fn hold(k: &mut Kernel, d: &Device) -> Option<Tun> {
     let deadline = Instant::now() + LET_GO;
     let tun = loop {
-        match apply::attach(k, slot, index) {
+        match apply::attach(k, d) {
             Ok((tun, _)) => break tun,
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
-                thread::sleep(PROBE)
+                thread::sleep(PROBE);
             }
             Err(_) => return None,
         }
     };
-    let l = link::get(k, index).ok()?;
-    let whole = apply::is_sound(&k.config, &l) && apply::addressed(k, slot, index, false).ok()?;
-    whole.then_some(tun)
+    let found = apply::survey(k, Some(d.index)).ok()?.ours;
+    matches!(found[..], [(_, true)]).then_some(tun)
 }
 
-fn forget(k: &mut Kernel, slot: Slot) -> io::Result<()> {
-    let mark = plan::mark(slot, 0);
+fn forget(k: &mut Kernel, d: &Device) -> io::Result<()> {
     for _ in 0..FLUSHES {
-        conntrack::flush(k, mark, plan::MARK_SLOT_MASK)?;
-        if conntrack::count(k, mark, plan::MARK_SLOT_MASK)? == 0 {
+        conntrack::flush(k, d.mark(), MARK_SLOT_MASK)?;
+        if conntrack::count(k, d.mark(), MARK_SLOT_MASK)? == 0 {
             return Ok(());
         }
     }
-    let name = plan::device_name(slot);
-    let why = format!("flows of {name} remain after {FLUSHES} flushes");
+    let why = format!("flows of {} remain after {FLUSHES} flushes", d.name());
     Err(io::Error::other(why))
 }

@@ -10,8 +10,18 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::net::Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
 use crate::{confine, plan};
+
+/// Refuses, with a reason, what does not hold.
+macro_rules! ensure {
+    ($holds:expr, $($why:tt)*) => {
+        if !$holds {
+            return Err(format!($($why)*));
+        }
+    };
+}
 
 /// Ports clients may not reach, ends included.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,7 +37,7 @@ pub(crate) struct DeniedPorts {
 pub(crate) struct Class {
     pub(crate) number: u8,
     /// Special-purpose prefixes opened to this class; all others stay refused.
-    pub(crate) allow: Vec<Net>,
+    pub(crate) allow: Vec<IpNet>,
     pub(crate) deny_ports: Vec<DeniedPorts>,
     /// Concurrent flows per client.
     pub(crate) flow_cap: u32,
@@ -59,15 +69,19 @@ macro_rules! config {
 }
 
 config! { |v, env|
-    pool4: Net = "pool4", |s| net(s, 32);
-    pool6: Net = "pool6", |s| if s == "auto" { ula(env) } else { net(s, 128) };
-    stream4: Net = "stream4", |s| net(s, 32);
-    stream6: Net = "stream6", |s| if s == "auto" { Ok(last_subnet(pool6, 112)) } else { net(s, 128) };
+    pool4: Ipv4Net = "pool4", |s| net(s, NO4);
+    pool6: Ipv6Net = "pool6", |s| pool6(s, env);
+    stream4: Ipv4Net = "stream4", |s| net(s, NO4);
+    stream6: Ipv6Net = "stream6", |s| if s == "auto" { Ok(last_subnet(pool6, 112)) } else { net(s, NO6) };
     /// Devices created before the socket opens.
     slots: u32 = "slots", number;
     /// Devices created at a time when fewer than this are free.
     grow: u32 = "grow", least(1, "would never grow: give at least 1");
-    max_slots: u32 = "max-slots", |s| v.or_more("max-slots", slots, number(s)?);
+    max_slots: u32 = "max-slots", |s| {
+        // The default one is never below the slots there are to be.
+        let said = v.said.contains_key("max-slots");
+        number(s).map(|n| if said { n } else { slots.max(n) })
+    };
     helper: User = "helper-user", |s| user(s, env);
     gateway: User = "gateway-user", |s| user(s, env);
     /// Interfaces clients leave by; none named means whatever holds the default routes.
@@ -90,9 +104,10 @@ config! { |v, env|
 }
 
 impl Config {
-    /// Every network whose addresses are ours to give out.
-    pub(crate) fn own_nets(&self) -> [Net; 4] {
-        [self.pool4, self.pool6, self.stream4, self.stream6]
+    /// Every network whose addresses are ours to give out; the last two are for streams.
+    pub(crate) fn own_nets(&self) -> [IpNet; 4] {
+        let (pool4, pool6) = (self.pool4.into(), self.pool6.into());
+        [pool4, pool6, self.stream4.into(), self.stream6.into()]
     }
 
     /// Held by the one helper that serves.
@@ -105,12 +120,6 @@ impl Config {
 pub(crate) struct Environment {
     pub(crate) machine_id: String,
     pub(crate) passwd: String,
-}
-
-impl Environment {
-    pub(crate) fn new(machine_id: String, passwd: String) -> Environment {
-        Environment { machine_id, passwd }
-    }
 }
 
 /// The defaults are what the example says they are.
@@ -126,17 +135,15 @@ pub(crate) fn load(path: &Path) -> Result<Config, String> {
     let meta = file.metadata().map_err(failed)?;
     let (uid, me) = (meta.uid(), nix::unistd::geteuid().as_raw());
     let trusted = uid == 0 || uid == me && confine::in_user_namespace();
-    let remedy = format!("chown root {shown}");
-    ensure!(
-        trusted,
-        "{shown}: owned by uid {uid}, must be root's: {remedy}"
-    );
+    let owner = format!("owned by uid {uid}, must be root's");
+    ensure!(trusted, "{shown}: {owner}: chown root {shown}");
     let closed = meta.mode() & 0o022 == 0;
     ensure!(closed, "{shown}: others may write it: chmod go-w {shown}");
     let mut text = String::new();
     file.read_to_string(&mut text).map_err(failed)?;
-    let read = |p| fs::read_to_string(p).unwrap_or_default();
-    let env = Environment::new(read("/etc/machine-id"), read("/etc/passwd"));
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    let (machine_id, passwd) = (read("/etc/machine-id"), read("/etc/passwd"));
+    let env = Environment { machine_id, passwd };
     parse(&text, &env).map_err(|e| format!("{shown}: {e}"))
 }
 
@@ -147,8 +154,14 @@ pub(crate) fn parse(text: &str, env: &Environment) -> Result<Config, String> {
 }
 
 /// Where the streams' addresses are, within the pool's own /48.
-fn last_subnet(pool6: Net, len: u8) -> Net {
-    pool6.at(0xffff << 64, len)
+fn last_subnet(pool6: Ipv6Net, len: u8) -> Ipv6Net {
+    let first = u128::from(pool6.addr()) | 0xffff << 64;
+    Ipv6Net::new_assert(first.into(), len)
+}
+
+/// Whether two networks have an address in common.
+pub(crate) fn overlap(a: &IpNet, b: &IpNet) -> bool {
+    a.contains(b) || b.contains(a)
 }
 
 /// Each key's value and the line it stands on.
@@ -192,7 +205,7 @@ impl Values {
             None => key.to_owned(),
         };
         if let Some((key, (n, _))) = said.iter().find(|(k, _)| !defaults.contains_key(&model(k))) {
-            let far = |k: &&String| distance(k.as_bytes(), key.as_bytes());
+            let far = |k: &&String| strsim::levenshtein(k, key);
             let near = defaults.keys().min_by_key(far).map_or("", String::as_str);
             let why = format!("unknown key '{key}'; did you mean '{near}'?");
             return Err(format!("line {n}: {why}"));
@@ -211,15 +224,6 @@ impl Values {
         f(value).map_err(|why| format!("{place}: {key} = '{value}' {why}"))
     }
 
-    /// What is said under the key; what is not said is not below this.
-    fn or_more(&self, key: &str, low: u32, n: u32) -> Result<u32, String> {
-        Ok(if self.said.contains_key(key) {
-            n
-        } else {
-            n.max(low)
-        })
-    }
-
     /// Class 0, and each that `class.N.key` says something about.
     fn classes(&self) -> Result<Vec<Class>, String> {
         let named = self.said.keys().filter_map(|k| class_key(k)).map(|k| k.0);
@@ -230,28 +234,13 @@ impl Values {
             let cap = least(1, "lets no flow through: give at least 1");
             Ok(Class {
                 number,
-                allow: self.get(&key("allow"), |s| list(s, Net::from_str))?,
+                allow: self.get(&key("allow"), |s| list(s, |s| net(s, NO_NET)))?,
                 deny_ports: self.get(&key("deny-ports"), |s| list(s, ports))?,
                 flow_cap: self.get(&key("flow-cap"), cap)?,
             })
         };
         numbers.into_iter().map(class).collect()
     }
-}
-
-/// Edits from one word to the other.
-fn distance(a: &[u8], b: &[u8]) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.iter().enumerate() {
-        let mut corner = i;
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = corner + usize::from(x != y);
-            corner = row[j + 1];
-            row[j + 1] = replaced.min(corner + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 fn number<T: FromStr>(s: &str) -> Result<T, String> {
@@ -262,7 +251,8 @@ fn number<T: FromStr>(s: &str) -> Result<T, String> {
 fn least<T: FromStr + PartialOrd>(low: T, why: &str) -> impl Fn(&str) -> Result<T, String> {
     move |s| {
         let n = number(s)?;
-        ensure!(low <= n, "{why}");
+        let enough = n >= low;
+        ensure!(enough, "{why}");
         Ok(n)
     }
 }
@@ -277,10 +267,24 @@ fn list<T>(s: &str, f: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, Str
     words.filter(|w| !w.is_empty()).map(f).collect()
 }
 
-fn net(s: &str, width: u8) -> Result<Net, String> {
-    let net: Net = s.parse()?;
-    let family = if width == 32 { "IPv4" } else { "IPv6" };
-    ensure!(net.width() == width, "is not {family}");
+/// What is wrong with a value that is no prefix of its family.
+const NO4: &str = "is not IPv4, a prefix such as 10.0.0.0/8";
+const NO6: &str = "is not IPv6, a prefix such as fd00::/8";
+const NO_NET: &str = "is not a prefix such as 10.0.0.0/8 or fd00::/8";
+
+/// A prefix of at least one bit, with none set beyond its length.
+fn net<N: FromStr + Copy + Into<IpNet>>(s: &str, bad: &str) -> Result<N, String> {
+    let given: N = s.parse().map_err(|_| bad)?;
+    let net = given.into();
+    let (len, clean) = (net.prefix_len(), net == net.trunc());
+    ensure!(len > 0, "has length 0: it must be 1 at least");
+    ensure!(clean, "has bits set beyond its length of {len}");
+    Ok(given)
+}
+
+fn pool6(s: &str, env: &Environment) -> Result<Ipv6Net, String> {
+    let net = if s == "auto" { ula(env) } else { net(s, NO6) }?;
+    ensure!(net.prefix_len() == 48, "is not a /48");
     Ok(net)
 }
 
@@ -291,17 +295,16 @@ pub(crate) fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
 }
 
 /// A private /48 that is this machine's own and the same at every start.
-fn ula(env: &Environment) -> Result<Net, String> {
+fn ula(env: &Environment) -> Result<Ipv6Net, String> {
     let id = env.machine_id.trim();
     let missing = "/etc/machine-id, which is missing or empty";
-    ensure!(
-        id.len() >= 16,
-        "needs {missing}: give a /48 out of fd00::/8"
-    );
+    let known = id.len() >= 16;
+    ensure!(known, "needs {missing}: give a /48 out of fd00::/8");
     // Folded to the forty bits a private prefix has.
     let hash = hash(id.bytes().chain(*b"rvpn"));
-    let global = (hash >> 40 ^ hash) & 0xff_ffff_ffff;
-    net("fd00::/48", 128).map(|n| n.at(u128::from(global) << 80, 48))
+    let global = u128::from((hash >> 40 ^ hash) & 0xff_ffff_ffff);
+    let first = 0xfd << 120 | global << 80;
+    Ok(Ipv6Net::new_assert(first.into(), 48))
 }
 
 /// A user by name or number; a bare number is both ids.
@@ -349,10 +352,8 @@ fn uplink(s: &str) -> Result<Vec<String>, String> {
         ensure!(fits, "names '{n}', which cannot be an uplink");
         Ok(n.to_owned())
     })?;
-    ensure!(
-        !names.is_empty(),
-        "names no interface: give one, or default"
-    );
+    let some = !names.is_empty();
+    ensure!(some, "names no interface: give one, or default");
     Ok(names)
 }
 
@@ -363,32 +364,28 @@ fn path(s: &str) -> Result<PathBuf, String> {
 
 /// What the values must be to each other.
 fn check(c: &Config) -> Result<(), String> {
-    let (pool4, pool6, stream4, own) = (c.pool4, c.pool6, c.stream4, c.own_nets());
+    let (slots, most, own) = (c.slots, c.max_slots, c.own_nets());
     // The streams' last subnet of the pool's own /48 is meant to be inside it.
-    let meant = c.stream6.len >= 64 && last_subnet(pool6, 64).overlaps(c.stream6);
-    for (i, a) in own.into_iter().enumerate() {
-        for &b in &own[i + 1..] {
-            let apart = !a.overlaps(b) || meant && (a, b) == (pool6, c.stream6);
+    let meant = last_subnet(c.pool6, 64).contains(&c.stream6);
+    for (i, a) in own.iter().enumerate() {
+        for (j, b) in own.iter().enumerate().skip(i + 1) {
+            let apart = !overlap(a, b) || meant && (i, j) == (1, 3);
             ensure!(apart, "prefixes {a} and {b} overlap: move one of them");
         }
         for n in c.classes.iter().flat_map(|k| &k.allow) {
-            let theirs = !n.overlaps(a);
             let what = format!("'{n}' opens {a}, the clients' own range");
-            ensure!(theirs, "allow = {what}: remove it");
+            ensure!(!overlap(n, a), "allow = {what}: remove it");
         }
     }
-    ensure!(pool6.len == 48, "pool6 = '{pool6}' is not a /48");
     // Slots the IPv4 ranges number: a /24 of the pool and one stream address each.
-    let pool = 1_u64 << 24_u8.saturating_sub(pool4.len);
-    let pool = if pool4.len > 24 { 0 } else { pool };
-    let streams = 1 << (32 - stream4.len);
-    let room = pool.min(streams).min(plan::MAX_SLOTS.into());
-    let (slots, most) = (c.slots, c.max_slots);
-    let why = format!("pool4 {pool4} and stream4 {stream4} have room for {room}");
+    let (pool, streams) = (c.pool4.prefix_len(), c.stream4.prefix_len());
+    let pool = (1_u64 << (32 - pool)) >> 8;
+    let room = pool.min(1 << (32 - streams)).min(plan::MAX_SLOTS.into());
+    let why = format!("pool4 {} and stream4 {} have room", c.pool4, c.stream4);
+    let remedy = format!("{why} for {room}; enlarge them or lower max-slots");
     let fits = u64::from(most) <= room;
-    let remedy = "enlarge them or lower max-slots";
-    ensure!(fits, "max-slots = {most} does not fit: {why}; {remedy}");
-    let fits = 1 <= slots && slots <= most;
+    ensure!(fits, "max-slots = {most} does not fit: {remedy}");
+    let fits = (1..=most).contains(&slots);
     ensure!(fits, "slots = {slots} is not from 1 to max-slots = {most}");
     Ok(())
 }
@@ -396,7 +393,10 @@ fn check(c: &Config) -> Result<(), String> {
 #[cfg(test)]
 pub(crate) mod tests_support {
     pub(crate) fn example() -> super::Config {
-        let env = super::Environment::new(String::new(), String::new());
+        let env = super::Environment {
+            machine_id: String::new(),
+            passwd: String::new(),
+        };
         let text = "
             pool6 = fd52:5650:1::/48
             slots = 4

@@ -21,16 +21,6 @@ macro_rules! say {
     }};
 }
 
-/// Refuses, with a reason, what does not hold.
-macro_rules! ensure {
-    ($holds:expr, $($why:tt)*) => {
-        match $holds {
-            true => {}
-            false => return Err(format!($($why)*)),
-        }
-    };
-}
-
 mod apply;
 mod check;
 mod cleaner;
@@ -40,7 +30,6 @@ mod confine;
 #[path = "../tests/hooks/fault.rs"]
 mod fault;
 mod kernel;
-mod net;
 mod notify;
 mod plan;
 mod pool;
@@ -50,7 +39,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -60,7 +49,7 @@ use nix::unistd::geteuid;
 use rvpn_ipc::seqpacket;
 
 use config::Config;
-use kernel::{Kernel, host, link, ruleset, sysctl};
+use kernel::{Kernel, link, raw, ruleset, sysctl};
 
 const DEFAULT_CONFIG: &str = "/etc/rvpn/privhelper.conf";
 const BACKLOG: i32 = 8;
@@ -98,9 +87,13 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// What cannot be had at this place.
-fn unavailable(place: impl std::fmt::Display) -> impl Fn(io::Error) -> Failure {
-    move |e| Failure(UNAVAILABLE, format!("{place}: {e}"))
+/// What cannot be had at this place, or must not.
+fn unavailable(place: &Path) -> impl Fn(io::Error) -> Failure {
+    let code = |e: &io::Error| match e.kind() {
+        io::ErrorKind::AlreadyExists => BAD_CONFIG,
+        _ => UNAVAILABLE,
+    };
+    move |e| Failure(code(&e), format!("{}: {e}", place.display()))
 }
 
 fn main() -> ExitCode {
@@ -118,8 +111,9 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Failure> {
-    let listeners = notify::passed_listeners();
-    confine::settle(listeners).map_err(|e| Failure(BAD_CONFIG, e.to_string()))?;
+    let wrong = |e: io::Error| Failure(BAD_CONFIG, e.to_string());
+    let passed = sd_notify::listen_fds().map_err(wrong)?.len() as u64;
+    confine::settle(passed).map_err(wrong)?;
     // What is no text is understood by nobody further down.
     let args: Vec<_> = std::env::args_os().skip(1).collect();
     let args: Vec<_> = args.iter().map(|a| a.to_string_lossy()).collect();
@@ -139,10 +133,10 @@ fn run() -> Result<(), Failure> {
         ["--help" | "-h", ..] | [.., "--help" | "-h"] => print!("{USAGE}"),
         ["--version" | "-V", ..] => println!("rvpn-privhelper {}", env!("CARGO_PKG_VERSION")),
         ["provision"] => provision(&config()?)?,
-        ["serve"] => serve(config()?, listeners)?,
+        ["serve"] => serve(config()?, passed)?,
         ["status"] => status(&config()?, false)?,
         ["status", "--json"] => status(&config()?, true)?,
-        ["check"] => check(&config()?)?,
+        ["check"] => check(&mut Kernel::open(&config()?)?, true)?,
         ["teardown"] => teardown(&config()?)?,
         [] => return Err(Failure(BAD_USAGE, "a command is needed".to_owned())),
         _ => {
@@ -153,168 +147,127 @@ fn run() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes a directory none but we and our group look into; false when it is there already.
-fn make_directory(path: &Path) -> io::Result<bool> {
-    let missing = !path.exists();
-    if missing {
-        DirBuilder::new().recursive(true).mode(0o750).create(path)?;
-    }
-    Ok(missing)
-}
-
 /// Held while this process changes anything; the kernel lets go of it with the process.
-fn lock(config: &Config) -> Result<Flock<File>, Failure> {
-    let (state, path) = (&config.state, config.lock_path());
-    let open = || {
-        make_directory(state)?;
-        let mut options = OpenOptions::new();
-        options.create(true).truncate(false).write(true);
-        let file = options.open(&path)?;
-        if geteuid().is_root() {
-            chown(state, Some(config.helper.uid), Some(config.helper.gid))?;
-        }
-        Ok(file)
-    };
-    let file = open().map_err(unavailable(state.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
-        let remedy = "another rvpn-privhelper is running, stop it first";
-        Failure(BAD_CONFIG, format!("{} is held: {remedy}", path.display()))
-    })
+fn lock(config: &Config) -> io::Result<Flock<File>> {
+    let state = &config.state;
+    DirBuilder::new().recursive(true).create(state)?;
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).write(true);
+    let file = options.open(config.lock_path())?;
+    if geteuid().is_root() {
+        chown(state, Some(config.helper.uid), Some(config.helper.gid))?;
+    }
+    let held = "held: another rvpn-privhelper is running, stop it first";
+    let refused = |_| io::Error::new(io::ErrorKind::AlreadyExists, held);
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(refused)
 }
 
-/// Refuses a host that cannot carry the configuration, and warns of what is merely odd.
-fn insist(k: &mut Kernel) -> Result<(), Failure> {
+/// Refuses a host that cannot carry the configuration, and says what is merely odd;
+/// `show` prints every finding instead.
+fn check(k: &mut Kernel, show: bool) -> Result<(), Failure> {
     let mut wrong = Vec::new();
     for (weight, text) in check::host(k)? {
-        match weight {
-            check::WRONG => wrong.push(text),
-            check::WARNING => say!(warning: "warning: {text}"),
-            _ => {}
+        if show {
+            println!("{weight:<8} {text}");
+        } else if weight == check::WARNING {
+            say!(warning: "warning: {text}");
+        }
+        if weight == check::WRONG {
+            wrong.push(text);
         }
     }
-    if !wrong.is_empty() {
-        return Err(Failure(BAD_CONFIG, wrong.join("\n")));
+    match wrong.len() {
+        0 => return Ok(()),
+        n if show => wrong = vec![format!("{n} of these must be mended first")],
+        _ => {}
     }
-    Ok(())
+    Err(Failure(BAD_CONFIG, wrong.join("\n")))
 }
 
 fn provision(config: &Arc<Config>) -> Result<(), Failure> {
-    let lock = lock(config)?;
+    let _lock = lock(config).map_err(unavailable(&config.state))?;
     confine::drop_privileges(config)?;
     let mut k = Kernel::open(config)?;
-    insist(&mut k)?;
-    let before = apply::survey(&mut k)?.ours.len();
-    let uplinks = host::uplinks(&mut k)?;
+    check(&mut k, false)?;
+    let before = apply::survey(&mut k, None)?.ours.len();
+    let uplinks = apply::uplinks(&mut k)?;
     let (pool, rules) = serve::adopt(&mut k, &uplinks)?;
-    let (all, n) = (pool.len() as usize, uplinks.len());
-    let made = all.saturating_sub(before);
+    let (all, n) = (pool.entries.len(), uplinks.len());
+    let made = all - before;
     println!("{all} devices ({made} new), {rules} rules in table inet rvpn, {n} uplink(s)");
-    drop(lock);
     Ok(())
 }
 
-/// The split between the halves is one between users. A user namespace may have but one.
-fn two_users(c: &Config) -> Result<(), Failure> {
-    let (helper, gateway) = (c.helper.uid, c.gateway.uid);
-    if confine::in_user_namespace() || (helper != gateway && helper != 0 && gateway != 0) {
-        return Ok(());
-    }
-    let found = format!("helper-user is uid {helper} and gateway-user is uid {gateway}");
-    let wanted = "each needs a user of its own, which is not root's";
-    Err(Failure(BAD_CONFIG, format!("{found}: {wanted}")))
-}
-
 fn serve(config: Arc<Config>, passed: u64) -> Result<(), Failure> {
-    two_users(&config)?;
     // Let go of by the kernel, with the process: unlocking is no call the filter allows.
-    let _lock = ManuallyDrop::new(lock(&config)?);
+    let lock = lock(&config).map_err(unavailable(&config.state))?;
+    let _lock = ManuallyDrop::new(lock);
     let notify = notify::Notify::from_env();
-    let listener = if passed > 0 {
-        confine::landlock::passed(3).map_err(unavailable("the socket passed in"))?
-    } else {
-        listen(&config)?
+    let listener = match passed {
+        0 => listen(&config),
+        _ => raw::passed(3),
     };
+    let listener = listener.map_err(unavailable(&config.socket))?;
     confine::drop_privileges(&config)?;
     // The gateway checks who serves it: that is us as we are from now on, not root.
     seqpacket::listen_again(listener.as_fd(), BACKLOG)?;
-    insist(&mut Kernel::open(&config)?)?;
+    check(&mut Kernel::open(&config)?, false)?;
     Ok(serve::run(config, listener, notify)?)
 }
 
 /// A socket of our own in a directory others cannot write.
-fn listen(config: &Config) -> Result<OwnedFd, Failure> {
+fn listen(config: &Config) -> io::Result<OwnedFd> {
     let (path, root) = (&config.socket, geteuid().is_root());
     let gateway = Some(config.gateway.gid);
     let dir = path.parent().unwrap_or(Path::new("/"));
-    let prepared = || {
-        if make_directory(dir)? {
-            if root {
-                chown(dir, None, gateway)?;
-            }
-            fs::set_permissions(dir, Permissions::from_mode(0o750))?;
+    if !dir.exists() {
+        DirBuilder::new().recursive(true).create(dir)?;
+        if root {
+            chown(dir, None, gateway)?;
         }
-        fs::symlink_metadata(dir)
-    };
-    let meta = prepared().map_err(unavailable(path.display()))?;
+        fs::set_permissions(dir, Permissions::from_mode(0o750))?;
+    }
+    let meta = fs::symlink_metadata(dir)?;
     let safe = meta.uid() == 0 || meta.uid() == geteuid().as_raw();
     if !meta.is_dir() || !safe || meta.mode() & 0o022 != 0 {
         let wanted = "must be a directory of root's that nobody else can write";
-        let text = format!("{}: {wanted}: chown root, chmod 0750", dir.display());
-        return Err(Failure(BAD_CONFIG, text));
+        let text = format!("{} {wanted}: chown root, chmod 0750", dir.display());
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
     }
-    let bound = || {
-        // The lock proves that whoever made a socket there is gone.
-        sysctl::if_there(fs::remove_file(path))?;
-        let listener = seqpacket::listen(path, BACKLOG)?;
-        if root {
-            chown(path, Some(config.helper.uid), gateway)?;
-        }
-        fs::set_permissions(path, Permissions::from_mode(0o660))?;
-        Ok(listener)
-    };
-    bound().map_err(unavailable(path.display()))
-}
-
-fn check(config: &Arc<Config>) -> Result<(), Failure> {
-    let mut findings = check::host(&mut Kernel::open(config)?)?;
-    let shared = two_users(config).err();
-    findings.extend(shared.map(|f| (check::WRONG, f.1)));
-    for (weight, text) in &findings {
-        println!("{weight:<8} {text}");
+    // The lock proves that whoever made a socket there is gone.
+    sysctl::if_there(fs::remove_file(path))?;
+    let listener = seqpacket::listen(path, BACKLOG)?;
+    if root {
+        chown(path, Some(config.helper.uid), gateway)?;
     }
-    let n = findings.iter().filter(|f| f.0 == check::WRONG).count();
-    if n > 0 {
-        let text = format!("{n} of these must be mended first");
-        return Err(Failure(BAD_CONFIG, text));
-    }
-    Ok(())
+    fs::set_permissions(path, Permissions::from_mode(0o660))?;
+    Ok(listener)
 }
 
 /// What is there by the kernel's account alone: no helper is asked, so none need be alive.
 fn status(config: &Arc<Config>, json: bool) -> Result<(), Failure> {
     let mut k = Kernel::open(config)?;
-    let found = apply::survey(&mut k)?;
+    let found = apply::survey(&mut k, None)?;
     let rules = ruleset::rules_present(&mut k).unwrap_or(0);
-    let leased = found.ours.iter().filter(|d| d.tag.lease.is_some()).count();
-    let unsound = found.ours.iter().filter(|d| !d.sound).count();
+    let leased = found.ours.iter().filter(|d| d.0.lease.is_some()).count();
+    let unsound = found.ours.iter().filter(|d| !d.1).count();
     let (devices, foreign) = (found.ours.len(), found.foreign.len());
     let free = devices - leased;
     let mut uplinks = Vec::new();
-    for index in host::uplinks(&mut k)? {
-        uplinks.push(link::get(&mut k, index)?.name);
+    for index in apply::uplinks(&mut k)? {
+        uplinks.extend(link::get(&mut k, Some(index))?.pop().map(|l| l.name));
     }
-    let serving = host::listening(&config.socket)?;
+    let serving = check::listening(&config.socket)?;
     if json {
+        let counts = format!(r#""devices":{devices},"free":{free},"leased":{leased}"#);
+        let rest = format!(r#""unsound":{unsound},"foreign":{foreign},"rules":{rules}"#);
         // A list of interface names is written the same in Rust and in JSON.
-        println!(
-            "{{\"devices\":{devices},\"free\":{free},\"leased\":{leased},\"unsound\":{unsound},\"foreign\":{foreign},\"rules\":{rules},\"uplinks\":{uplinks:?},\"serving\":{serving}}}"
-        );
+        println!(r#"{{{counts},{rest},"uplinks":{uplinks:?},"serving":{serving}}}"#);
         return Ok(());
     }
     println!("{devices} devices: {free} free, {leased} with a lease, {unsound} not as made");
     println!("{rules} rules in table inet rvpn");
-    let none = if uplinks.is_empty() { "none" } else { "" };
-    println!("uplinks: {none}{}", uplinks.join(", "));
+    println!("uplinks: {}", uplinks.join(", "));
     println!("{} helper is serving", if serving { "a" } else { "no" });
     for name in found.foreign {
         println!("in the way: {name}, not made by this helper");
@@ -323,7 +276,7 @@ fn status(config: &Arc<Config>, json: bool) -> Result<(), Failure> {
 }
 
 fn teardown(config: &Arc<Config>) -> Result<(), Failure> {
-    let lock = lock(config)?;
+    let lock = lock(config).map_err(unavailable(&config.state))?;
     let (devices, sysctls, kept) = apply::teardown(&mut Kernel::open(config)?)?;
     drop(lock);
     // It is ours only when nothing else is in it.

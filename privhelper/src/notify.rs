@@ -12,7 +12,7 @@ pub(crate) struct Notify {
 }
 
 impl Notify {
-    /// Connects now: later the socket's path may be out of reach.
+    /// Connects now, and once: later neither the path nor a new socket can be had.
     pub(crate) fn from_env() -> Notify {
         let socket = env::var("NOTIFY_SOCKET").ok().and_then(|name| {
             let address = match name.strip_prefix('@') {
@@ -23,9 +23,7 @@ impl Notify {
             socket.connect_addr(&address.ok()?).ok()?;
             Some(socket)
         });
-        let mine = env::var("WATCHDOG_PID").map_or(true, is_us);
-        let micros = number("WATCHDOG_USEC").filter(|_| mine);
-        let watchdog = micros.map(|v| Duration::from_micros(v / 2));
+        let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
         Notify { socket, watchdog }
     }
 
@@ -35,18 +33,4 @@ impl Notify {
             let _ = socket.send(text.as_bytes());
         }
     }
-}
-
-fn is_us(pid: String) -> bool {
-    pid == std::process::id().to_string()
-}
-
-fn number(name: &str) -> Option<u64> {
-    env::var(name).ok()?.parse().ok()
-}
-
-/// How many listeners were passed in, from descriptor 3 on.
-pub(crate) fn passed_listeners() -> u64 {
-    let mine = env::var("LISTEN_PID").is_ok_and(is_us);
-    number("LISTEN_FDS").filter(|_| mine).unwrap_or(0)
 }

@@ -5,14 +5,14 @@
 //!                          └──release / linger over──► cleaning ──► free
 //! ```
 //!
-//! Every slot is in exactly one state, and the four counts add up to the pool.
+//! Every slot is in exactly one state. Counts, keys and the order of reuse are
+//! not kept beside the slots but read off them: ten thousand are walked in microseconds.
 
-use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use rvpn_ipc::{Generation, Key, Slot};
 
-use crate::plan::{LeaseTag, Live, Tag};
+use crate::plan::{Device, Lease};
 
 /// Which connection holds a lease.
 pub(crate) type Holder = u64;
@@ -21,41 +21,35 @@ pub(crate) type Holder = u64;
 pub(crate) const LET_GO: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Free,
+pub(crate) enum State {
+    /// By how many were freed before it: the slot used last is reused last.
+    Free(u64),
     Leased(Holder),
     /// The session may come back until then.
     Lingering(Instant),
     Cleaning,
 }
 
-#[derive(Debug)]
-struct Entry {
-    generation: Generation,
-    /// The device's index; zero while there is none.
-    index: u32,
-    state: State,
-    /// The lease; of a slot that is being cleaned, the former one.
-    lease: Option<LeaseTag>,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Of a slot that is being cleaned, with the former lease.
+    pub(crate) device: Device,
+    pub(crate) state: State,
 }
 
-/// What a number that is no slot's stands for: nothing to be had of it, nothing to be done to it.
-const NOWHERE: Entry = Entry::new(0, 0, None);
-
 impl Entry {
-    const fn new(generation: Generation, index: u32, lease: Option<LeaseTag>) -> Entry {
-        let state = State::Cleaning;
-        Entry {
-            generation,
-            index,
-            state,
-            lease,
-        }
+    /// The lease, if it is still one.
+    pub(crate) fn live(&self) -> Option<Lease> {
+        let live = matches!(self.state, State::Leased(_) | State::Lingering(_));
+        self.device.lease.filter(|_| live)
     }
 
-    fn live(&self) -> Option<LeaseTag> {
-        let live = matches!(self.state, State::Leased(_) | State::Lingering(_));
-        self.lease.filter(|_| live)
+    /// Its holder, if the lease is of this generation.
+    fn holder(&self, g: Generation) -> Option<Holder> {
+        match self.state {
+            State::Leased(holder) if self.device.generation == g => Some(holder),
+            _ => None,
+        }
     }
 }
 
@@ -68,160 +62,88 @@ pub(crate) struct Counts {
     pub(crate) cleaning: u32,
 }
 
-impl Counts {
-    fn of(&mut self, state: State) -> &mut u32 {
-        match state {
-            State::Free => &mut self.free,
-            State::Leased(_) => &mut self.leased,
-            State::Lingering(_) => &mut self.lingering,
-            State::Cleaning => &mut self.cleaning,
-        }
-    }
-}
-
-/// The answer to an acquire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Acquired {
-    /// A free slot, to be opened for this lease.
-    Fresh(Slot),
-    /// The key's own slot, still open to its flows.
-    Resumed(Slot),
-    /// The key's own slot, but somebody holds it: he is told, and has a moment to let go.
-    Held(Slot, Generation, Holder),
-    Full,
-}
-
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
-    slots: Vec<Entry>,
-    free: VecDeque<Slot>,
-    keys: HashMap<Key, Slot>,
-    counts: Counts,
+    /// The slots, by number.
+    pub(crate) entries: Vec<Entry>,
+    freed: u64,
 }
 
 impl Pool {
-    /// Adds the next slot, free or as its device's tag says; `sound` false sends it to cleaning first.
-    pub(crate) fn add(&mut self, index: u32, tag: Tag, sound: bool, until: Instant) {
-        let Tag { generation, lease } = tag;
-        let state = match lease {
-            Some(l) if sound && !self.keys.contains_key(&l.key) => State::Lingering(until),
-            None if sound => State::Free,
-            _ => State::Cleaning,
-        };
-        let slot = self.len();
-        self.counts.cleaning += 1;
-        self.slots.push(Entry::new(generation, index, lease));
-        self.enter(slot, state, lease);
+    fn free(&mut self) -> State {
+        self.freed += 1;
+        State::Free(self.freed)
     }
 
-    /// Moves a slot to a state, keeping counts, keys and the free list true.
-    fn enter(&mut self, slot: Slot, state: State, lease: Option<LeaseTag>) {
-        let entry = &mut self.slots[slot as usize];
-        *self.counts.of(entry.state) -= 1;
-        *self.counts.of(state) += 1;
-        if let Some(l) = entry.live() {
-            self.keys.remove(&l.key);
-        }
-        if entry.state == State::Free {
-            let at = self.free.iter().position(|&s| s == slot);
-            at.and_then(|at| self.free.remove(at));
-        }
-        (entry.state, entry.lease) = (state, lease);
-        if let Some(l) = entry.live() {
-            self.keys.insert(l.key, slot);
-        }
-        if state == State::Free {
-            self.free.push_back(slot);
-        }
+    /// Adds the next slot, free or as its device's tag says; `sound` false sends it to cleaning first.
+    pub(crate) fn add(&mut self, device: Device, sound: bool, until: Instant) {
+        let state = match device.lease {
+            _ if !sound => State::Cleaning,
+            Some(_) => State::Lingering(until),
+            None => self.free(),
+        };
+        self.entries.push(Entry { device, state });
     }
 
     pub(crate) fn len(&self) -> u32 {
-        u32::try_from(self.slots.len()).unwrap_or(u32::MAX)
+        u32::try_from(self.entries.len()).unwrap_or(u32::MAX)
     }
 
     pub(crate) fn counts(&self) -> Counts {
-        self.counts
-    }
-
-    fn entry(&self, slot: Slot) -> &Entry {
-        self.slots.get(slot as usize).unwrap_or(&NOWHERE)
-    }
-
-    pub(crate) fn index(&self, slot: Slot) -> u32 {
-        self.entry(slot).index
-    }
-
-    pub(crate) fn generation(&self, slot: Slot) -> Generation {
-        self.entry(slot).generation
-    }
-
-    /// The slot's lease, if it has one.
-    pub(crate) fn lease(&self, slot: Slot) -> Option<LeaseTag> {
-        self.entry(slot).live()
-    }
-
-    /// The generation of a slot that is to be cleaned, and what it was leased as.
-    pub(crate) fn former(&self, slot: Slot) -> Tag {
-        let entry = self.entry(slot);
-        let lease = entry.lease.filter(|_| entry.state == State::Cleaning);
-        Tag::new(entry.generation, lease)
-    }
-
-    fn entries(&self) -> impl Iterator<Item = (Slot, &Entry)> {
-        (0..).zip(&self.slots)
-    }
-
-    /// Every slot with a lease, for a table made anew.
-    pub(crate) fn live(&self) -> Vec<Live> {
-        let live = |(slot, e): (Slot, &Entry)| Some(Live::new(slot, e.index, e.live()?));
-        self.entries().filter_map(live).collect()
-    }
-
-    /// Every slot that has a device.
-    pub(crate) fn devices(&self) -> impl Iterator<Item = (Slot, u32)> {
-        let devices = self.entries().map(|(slot, e)| (slot, e.index));
-        devices.filter(|d| d.1 != 0)
-    }
-
-    /// Every slot that is to be cleaned.
-    pub(crate) fn cleaning(&self) -> Vec<Slot> {
-        let found = self.entries().filter(|e| e.1.state == State::Cleaning);
-        found.map(|e| e.0).collect()
-    }
-
-    /// Finds the slot for a key; [`Pool::grant`] makes it the holder's once its device is open.
-    pub(crate) fn find(&self, key: Key) -> Acquired {
-        let Some(&slot) = self.keys.get(&key) else {
-            let next = self.free.front().copied();
-            return next.map_or(Acquired::Full, Acquired::Fresh);
-        };
-        let entry = self.entry(slot);
-        match entry.state {
-            State::Leased(holder) => Acquired::Held(slot, entry.generation, holder),
-            _ => Acquired::Resumed(slot),
+        let mut counts = Counts::default();
+        for entry in &self.entries {
+            *match entry.state {
+                State::Free(_) => &mut counts.free,
+                State::Leased(_) => &mut counts.leased,
+                State::Lingering(_) => &mut counts.lingering,
+                State::Cleaning => &mut counts.cleaning,
+            } += 1;
         }
+        counts
     }
 
-    /// The generation the slot's next lease will have.
-    pub(crate) fn next_generation(&self, slot: Slot) -> Generation {
-        self.generation(slot).checked_add(1).unwrap_or(1)
+    pub(crate) fn get(&self, slot: Slot) -> Option<&Entry> {
+        self.entries.get(slot as usize)
     }
 
-    pub(crate) fn grant(&mut self, slot: Slot, lease: LeaseTag, holder: Holder) -> Generation {
-        let generation = self.next_generation(slot);
-        self.slots[slot as usize].generation = generation;
-        self.enter(slot, State::Leased(holder), Some(lease));
-        generation
+    /// The devices of every slot with a lease, for a table made anew.
+    pub(crate) fn live(&self) -> Vec<Device> {
+        let live = self.entries.iter().filter(|e| e.live().is_some());
+        live.map(|e| e.device).collect()
+    }
+
+    /// The slot for a key: its own, or the next free one.
+    pub(crate) fn find(&self, key: Key) -> Option<&Entry> {
+        let mut all = self.entries.iter();
+        let own = all.find(|e| e.live().is_some_and(|l| l.key == key));
+        let since = |e: &&Entry| match e.state {
+            State::Free(since) => since,
+            _ => u64::MAX,
+        };
+        let next = || self.entries.iter().min_by_key(since);
+        own.or_else(|| next().filter(|e| since(e) < u64::MAX))
+    }
+
+    /// The slot is the holder's, on this device with this lease.
+    pub(crate) fn grant(&mut self, device: Device, holder: Holder) {
+        let state = State::Leased(holder);
+        self.entries[device.slot as usize] = Entry { device, state };
     }
 
     /// A lease claimed by whoever holds it already, or by the gateway that takes over.
-    pub(crate) fn confirm(&mut self, slot: Slot, g: Generation, key: Key, holder: Holder) -> bool {
-        let lease = self.lease(slot).filter(|l| l.key == key);
-        let lease = lease.filter(|_| self.generation(slot) == g);
-        if lease.is_some() {
-            self.enter(slot, State::Leased(holder), lease);
+    pub(crate) fn confirm(
+        &mut self,
+        slot: Slot,
+        g: Generation,
+        key: Key,
+        holder: Holder,
+    ) -> Option<Device> {
+        let entry = self.entries.get_mut(slot as usize)?;
+        let named = entry.live()?.key == key && entry.device.generation == g;
+        if named {
+            entry.state = State::Leased(holder);
         }
-        lease.is_some()
+        named.then_some(entry.device)
     }
 
     /// The holder ends its lease: the session may come back until then, or the slot is to be cleaned.
@@ -232,83 +154,64 @@ impl Pool {
         holder: Holder,
         until: Option<Instant>,
     ) -> bool {
-        let entry = self.entry(slot);
-        let held = entry.generation == g && entry.state == State::Leased(holder);
-        if held {
-            let state = until.map_or(State::Cleaning, State::Lingering);
-            self.enter(slot, state, entry.lease);
-        }
-        held
+        let entry = self.entries.get_mut(slot as usize);
+        let held = entry.filter(|e| e.holder(g) == Some(holder));
+        let state = until.map_or(State::Cleaning, State::Lingering);
+        held.map(|e| e.state = state).is_some()
     }
 
     /// A gateway is gone: all it held lingers.
     pub(crate) fn holder_gone(&mut self, holder: Holder, until: Instant) {
-        for slot in 0..self.len() {
-            let entry = self.entry(slot);
-            if entry.state == State::Leased(holder) {
-                self.enter(slot, State::Lingering(until), entry.lease);
-            }
-        }
-    }
-
-    /// Every lingering slot, and until when.
-    fn lingering(&self) -> impl Iterator<Item = (Slot, Instant)> {
-        self.entries().filter_map(|(slot, e)| match e.state {
-            State::Lingering(until) => Some((slot, until)),
-            _ => None,
-        })
+        let held = |e: &&mut Entry| e.state == State::Leased(holder);
+        let held = self.entries.iter_mut().filter(held);
+        held.for_each(|e| e.state = State::Lingering(until));
     }
 
     /// When the next lingering lease ends.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.lingering().map(|l| l.1).min()
+        let until = |e: &Entry| match e.state {
+            State::Lingering(until) => Some(until),
+            _ => None,
+        };
+        self.entries.iter().filter_map(until).min()
     }
 
     /// Ends the leases whose time is over and returns their slots, to be cleaned.
     pub(crate) fn expire(&mut self, now: Instant) -> Vec<Slot> {
-        let over = self.lingering().filter(|l| l.1 <= now);
-        let over: Vec<Slot> = over.map(|l| l.0).collect();
-        for &slot in &over {
-            self.enter(slot, State::Cleaning, self.lease(slot));
+        let mut over = Vec::new();
+        for e in &mut self.entries {
+            if matches!(e.state, State::Lingering(until) if until <= now) {
+                e.state = State::Cleaning;
+                over.push(e.device.slot);
+            }
         }
         over
     }
 
-    /// The device vanished or was changed. False when the slot was being cleaned already;
-    /// else also the lease's generation and holder, if it has them.
-    pub(crate) fn lost(&mut self, slot: Slot) -> (Option<(Generation, Holder)>, bool) {
-        let entry = self.entry(slot);
-        let told = match entry.state {
-            State::Cleaning => return (None, false),
-            State::Leased(holder) => Some((entry.generation, holder)),
-            _ => None,
-        };
-        self.enter(slot, State::Cleaning, entry.lease);
-        (told, true)
+    /// The device vanished or was changed: the slot is to be cleaned. What it was, unless
+    /// it is being cleaned already.
+    pub(crate) fn lost(&mut self, slot: Slot) -> Option<Entry> {
+        let entry = self.entries.get_mut(slot as usize);
+        let entry = entry.filter(|e| e.state != State::Cleaning)?;
+        let state = State::Cleaning;
+        Some(std::mem::replace(entry, Entry { state, ..*entry }))
     }
 
     /// The slot is proven clean, on this device.
-    pub(crate) fn cleaned(&mut self, slot: Slot, index: u32) {
-        let entry = self.slots.get_mut(slot as usize);
+    pub(crate) fn cleaned(&mut self, device: Device) {
+        let state = self.free();
+        let entry = self.entries.get_mut(device.slot as usize);
         if let Some(entry) = entry.filter(|e| e.state == State::Cleaning) {
-            entry.index = index;
-            self.enter(slot, State::Free, None);
+            *entry = Entry { device, state };
         }
     }
 
-    /// The slot's device was made, or made again.
-    pub(crate) fn set_index(&mut self, slot: Slot, index: u32) {
-        self.slots[slot as usize].index = index;
-    }
-
-    /// Slots to add now, so that demand never waits for creation.
+    /// Slots to add now, so that demand never waits for creation: none while some are being made.
     pub(crate) fn wanted(&self, grow: u32, max: u32) -> u32 {
+        let made = self.entries.iter().all(|e| e.device.index != 0);
+        let few = self.counts().free < grow.div_ceil(2);
         let room = grow.min(max.saturating_sub(self.len()));
-        if self.counts.free < grow.div_ceil(2) {
-            room
-        } else {
-            0
-        }
+        if made && few { room } else { 0 }
     }
 }
 
@@ -317,129 +220,113 @@ mod tests {
     use super::*;
     use rvpn_ipc::Kind;
 
-    fn key(n: u8) -> Key {
-        Key([n; 16])
+    fn packets(n: u8) -> Lease {
+        Lease {
+            key: Key([n; 16]),
+            kind: Kind::Packets,
+            class: 0,
+        }
     }
 
-    fn packets(n: u8) -> LeaseTag {
-        LeaseTag::new(key(n), Kind::Packets, 0)
+    fn device(slot: Slot, generation: Generation, lease: Option<Lease>) -> Device {
+        Device {
+            slot,
+            index: slot + 10,
+            generation,
+            lease,
+        }
     }
 
     fn pool(n: u32) -> Pool {
         let mut p = Pool::default();
-        for i in 0..n {
-            p.add(i + 10, Tag::NEW, true, Instant::now());
+        for slot in 0..n {
+            p.add(device(slot, 0, None), true, Instant::now());
         }
         p
     }
 
-    fn sum(p: &Pool) -> u32 {
-        let c = p.counts();
-        c.free + c.leased + c.lingering + c.cleaning
+    /// The slot a key leads to, and its state; what a helper opens for it is granted.
+    fn found(p: &Pool, n: u8) -> Option<(Slot, State)> {
+        let entry = p.find(packets(n).key)?;
+        Some((entry.device.slot, entry.state))
+    }
+
+    fn grant(p: &mut Pool, n: u8, holder: Holder) -> (Slot, Generation) {
+        let device = p.find(packets(n).key).unwrap().device.leased(packets(n));
+        p.grant(device, holder);
+        (device.slot, device.generation)
     }
 
     #[test]
     fn a_lease_goes_round() {
         let now = Instant::now();
         let mut p = pool(2);
-        assert_eq!(p.find(key(1)), Acquired::Fresh(0));
-        let g = p.grant(0, packets(1), 7);
-        assert_eq!(p.find(key(1)), Acquired::Held(0, g, 7));
+        let (slot, g) = grant(&mut p, 1, 7);
+        assert_eq!(slot, 0);
+        assert_eq!(found(&p, 1), Some((0, State::Leased(7))));
         assert!(!p.end(0, g, 8, Some(now)), "another connection");
         assert!(!p.end(0, g + 1, 7, Some(now)), "another generation");
         assert!(p.end(0, g, 7, Some(now + LET_GO)));
         assert!(!p.end(0, g, 7, None), "twice");
-        assert_eq!(p.find(key(1)), Acquired::Resumed(0));
-        assert_eq!(p.grant(0, packets(1), 9), g + 1);
+        assert_eq!(found(&p, 1), Some((0, State::Lingering(now + LET_GO))));
+        assert_eq!(grant(&mut p, 1, 9), (0, g + 1));
         assert!(p.end(0, g + 1, 9, None));
+        let expected = Counts {
+            free: 1,
+            cleaning: 1,
+            ..Counts::default()
+        };
+        assert_eq!(p.counts(), expected);
+        let next = found(&p, 1).map(|f| f.0);
+        assert_eq!(next, Some(1), "a released key has nothing");
+        let clean = Device {
+            index: 44,
+            ..device(0, g + 1, None)
+        };
+        p.cleaned(clean);
         assert_eq!(
-            p.counts(),
-            Counts {
-                free: 1,
-                cleaning: 1,
-                ..Counts::default()
-            }
+            (p.get(0).unwrap().device.index, p.counts().free),
+            (44, 2),
+            "on its new device"
         );
-        assert_eq!(
-            p.find(key(1)),
-            Acquired::Fresh(1),
-            "a released key has nothing"
-        );
-        p.cleaned(0, 44);
-        assert_eq!((p.index(0), p.counts().free), (44, 2));
-        assert_eq!(
-            p.find(key(2)),
-            Acquired::Fresh(1),
-            "the slot used last is reused last"
-        );
+        let next = found(&p, 2).map(|f| f.0);
+        assert_eq!(next, Some(1), "the slot used last is reused last");
     }
 
     #[test]
     fn lingering_ends() {
         let now = Instant::now();
         let mut p = pool(1);
-        p.grant(0, packets(1), 1);
+        grant(&mut p, 1, 1);
         p.holder_gone(1, now + LET_GO);
         assert_eq!(p.next_deadline(), Some(now + LET_GO));
         assert!(p.expire(now).is_empty());
-        assert_eq!(p.expire(now + LET_GO).len(), 1);
+        assert_eq!(p.expire(now + LET_GO), [0]);
         assert_eq!(p.counts().cleaning, 1);
-        assert_eq!(p.find(key(1)), Acquired::Full);
+        assert_eq!(found(&p, 1), None);
     }
 
     #[test]
     fn a_restart_finds_its_leases_and_doubts_the_rest() {
         let now = Instant::now();
         let mut p = Pool::default();
-        p.add(
-            10,
-            Tag {
-                generation: 5,
-                lease: Some(packets(1)),
-            },
-            true,
-            now + LET_GO,
-        );
-        p.add(
-            11,
-            Tag {
-                generation: 2,
-                lease: None,
-            },
-            true,
-            now,
-        );
-        p.add(
-            12,
-            Tag {
-                generation: 3,
-                lease: Some(packets(2)),
-            },
-            false,
-            now,
-        );
-        p.add(
-            13,
-            Tag {
-                generation: 3,
-                lease: Some(packets(1)),
-            },
-            true,
-            now,
-        );
-        assert_eq!(
-            p.counts(),
-            Counts {
-                free: 1,
-                lingering: 1,
-                cleaning: 2,
-                leased: 0
-            }
-        );
-        assert!(!p.confirm(0, 4, key(1), 1));
-        assert!(!p.confirm(0, 5, key(2), 1));
-        assert!(p.confirm(0, 5, key(1), 1));
-        assert!(p.confirm(0, 5, key(1), 2), "a successor takes it over");
+        p.add(device(0, 5, Some(packets(1))), true, now + LET_GO);
+        p.add(device(1, 2, None), true, now);
+        p.add(device(2, 3, Some(packets(2))), false, now);
+        let expected = Counts {
+            free: 1,
+            lingering: 1,
+            cleaning: 1,
+            leased: 0,
+        };
+        assert_eq!(p.counts(), expected);
+        let key = |n| packets(n).key;
+        assert_eq!(p.confirm(0, 4, key(1), 1), None);
+        assert_eq!(p.confirm(0, 5, key(2), 1), None);
+        assert_eq!(p.confirm(2, 3, key(2), 1), None, "it is being cleaned");
+        assert!(p.confirm(0, 5, key(1), 1).is_some());
+        let taken = p.confirm(0, 5, key(1), 2);
+        assert!(taken.is_some(), "a successor takes it over");
         assert!(
             !p.end(0, 5, 1, Some(now)),
             "and its predecessor has lost it"
@@ -449,12 +336,17 @@ mod tests {
     #[test]
     fn a_lost_device_ends_its_lease() {
         let mut p = pool(2);
-        let g = p.grant(0, packets(1), 3);
-        assert_eq!(p.lost(0), (Some((g, 3)), true));
-        assert_eq!(p.lost(0), (None, false));
-        assert_eq!(p.lost(1), (None, true));
-        assert_eq!(p.find(key(1)), Acquired::Full);
-        assert_eq!(p.lost(9), (None, false));
+        let (slot, g) = grant(&mut p, 1, 3);
+        let lost = p.lost(slot).unwrap();
+        assert_eq!(
+            (lost.device.generation, lost.state),
+            (g, State::Leased(3)),
+            "its holder is to be told"
+        );
+        assert_eq!(p.lost(slot), None);
+        assert!(matches!(p.lost(1).unwrap().state, State::Free(_)));
+        assert_eq!(found(&p, 1), None);
+        assert_eq!(p.lost(9), None);
     }
 
     #[test]
@@ -476,11 +368,10 @@ mod tests {
             let holder = next(3);
             match next(8) {
                 0 | 1 => {
-                    let k = packets(u8::try_from(next(9) + 1).unwrap());
-                    if let Acquired::Fresh(s) | Acquired::Resumed(s) | Acquired::Held(s, ..) =
-                        p.find(k.key)
-                    {
-                        held.push((s, p.grant(s, k, holder), holder));
+                    let n = u8::try_from(next(9) + 1).unwrap();
+                    if found(&p, n).is_some() {
+                        let (slot, generation) = grant(&mut p, n, holder);
+                        held.push((slot, generation, holder));
                     }
                 }
                 2 => drop(p.end(slot, generation, holder, None)),
@@ -494,13 +385,15 @@ mod tests {
                 6 => drop(p.lost(slot)),
                 _ => {
                     p.expire(now);
-                    p.cleaned(slot, 1);
+                    p.cleaned(device(slot, generation, None));
                 }
             }
-            assert_eq!(sum(&p), 5, "step {step}");
-            assert_eq!(p.free.len(), p.counts.free as usize, "step {step}");
-            let live = p.counts.leased + p.counts.lingering;
-            assert_eq!(p.keys.len(), live as usize, "step {step}");
+            let c = p.counts();
+            assert_eq!(c.free + c.leased + c.lingering + c.cleaning, 5, "{step}");
+            let keys: std::collections::BTreeSet<_> =
+                p.live().iter().map(|d| d.lease.unwrap().key).collect();
+            let live = (c.leased + c.lingering) as usize;
+            assert_eq!(keys.len(), live, "one slot a key: step {step}");
         }
     }
 
@@ -508,12 +401,14 @@ mod tests {
     fn growth_runs_ahead_and_stops_at_the_limit() {
         let mut p = pool(4);
         assert_eq!(p.wanted(4, 16), 0);
-        p.grant(0, packets(1), 1);
-        p.grant(1, packets(2), 1);
+        grant(&mut p, 1, 1);
+        grant(&mut p, 2, 1);
         assert_eq!(p.wanted(4, 16), 0);
-        p.grant(2, packets(3), 1);
+        grant(&mut p, 3, 1);
         assert_eq!(p.wanted(4, 16), 4);
         assert_eq!(p.wanted(4, 6), 2);
         assert_eq!(p.wanted(4, 4), 0);
+        p.add(Device::new(4), false, Instant::now());
+        assert_eq!(p.wanted(4, 16), 0, "some are being made");
     }
 }

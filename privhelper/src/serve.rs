@@ -4,6 +4,7 @@ mod events;
 mod leases;
 mod peers;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -16,14 +17,14 @@ use nix::sys::socket::SockProtocol::{NetlinkNetFilter, NetlinkRoute};
 use rvpn_ipc::{Reply, Slot, Status};
 
 use crate::apply::{self, Survey};
-use crate::cleaner::{Cleaner, Done, Job};
+use crate::cleaner::Cleaner;
 use crate::config::Config;
-use crate::confine::{self, landlock};
+use crate::confine;
 use crate::kernel::netlink::Socket;
-use crate::kernel::{Kernel, host, tun};
+use crate::kernel::{Kernel, conntrack, link, ruleset};
 use crate::notify::Notify;
-use crate::plan::Tag;
-use crate::pool::Pool;
+use crate::plan::{Device, MARK_SLOT_MASK};
+use crate::pool::{Pool, State};
 
 /// The table is compared this often, whatever the notifications say.
 const VERIFY: Duration = Duration::from_secs(4);
@@ -33,6 +34,21 @@ const CLAIM: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
 /// How often a held lease's device is tried while its holder has time to let go.
 const PENDING_TICK: Duration = Duration::from_millis(5);
+
+/// What is done at its time, and again later when it fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Task {
+    /// Compare the table.
+    Verify,
+    /// Put the table back.
+    Restore,
+    /// Look at the doubted slots.
+    Look,
+    /// Find out where client traffic leaves.
+    Uplinks,
+    Clean(Slot),
+    Watchdog(Duration),
+}
 
 /// Everything the loop owns.
 struct Server {
@@ -46,15 +62,13 @@ struct Server {
     links: Socket,
     tables: Socket,
     uplinks: Vec<u32>,
+    /// How many the table has.
     rules: usize,
     peers: peers::Peers,
     pending: Vec<leases::Pending>,
-    growing: bool,
-    next_verify: Instant,
-    next_watchdog: Instant,
-    /// What to try again and when: to clean a slot, or to grow.
-    retries: Vec<(Instant, Option<Slot>)>,
-    doubts: events::Doubts,
+    tasks: Vec<(Instant, Task)>,
+    /// Slots that may not be as they should.
+    doubted: BTreeSet<Slot>,
 }
 
 /// Builds the pool from what is there and what is missing, confines the process, and serves.
@@ -63,28 +77,19 @@ pub(crate) fn run(config: Arc<Config>, listener: OwnedFd, notify: Notify) -> io:
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     let mut kernel = Kernel::open(&config)?;
-    let links = Socket::open(NetlinkRoute, events::LINK_GROUPS)?;
-    let tables = Socket::open(NetlinkNetFilter, events::TABLE_GROUPS)?;
-    let uplinks = host::uplinks(&mut kernel)?;
-    if uplinks.is_empty() {
-        say!(warning: "no uplink: there is no default route; clients reach nothing until then");
-    }
+    let mut links = Socket::open(NetlinkRoute, events::LINK_GROUPS)?;
+    let mut tables = Socket::open(NetlinkNetFilter, events::TABLE_GROUPS)?;
+    let uplinks = apply::uplinks(&mut kernel)?;
     let (pool, rules) = adopt(&mut kernel, &uplinks)?;
-    if !landlock::confine(&[
-        (tun::DEVICE.as_ref(), landlock::CHANGE),
-        ("/proc/sys/net".as_ref(), landlock::CHANGE),
-        ("/proc".as_ref(), landlock::READ),
-        (&config.state, landlock::KEEP),
-    ])? {
-        say!(warning: "this kernel has no Landlock: files are guarded by ownership alone");
-    }
+    confine::files(&config)?;
     let cleaner = Cleaner::start(&config)?;
-    confine::seccomp::apply()?;
+    confine::calls()?;
     confine::prove()?;
-    let now = Instant::now();
+    // What was noticed until now is our own doing; whatever else happened shows in a look at all of it.
+    links.drain(|_| {});
+    tables.drain(|_| {});
     let mut server = Server {
         kernel,
-        pool,
         cleaner,
         notify,
         listener,
@@ -93,19 +98,23 @@ pub(crate) fn run(config: Arc<Config>, listener: OwnedFd, notify: Notify) -> io:
         tables,
         uplinks,
         rules,
-        peers: peers::Peers::new(config.gateway.uid),
+        peers: peers::Peers::of(config.gateway.uid),
         config,
         pending: Vec::new(),
-        growing: false,
-        next_verify: now + VERIFY,
-        next_watchdog: now,
-        retries: Vec::new(),
-        doubts: events::Doubts::default(),
+        tasks: Vec::new(),
+        doubted: (0..pool.len()).collect(),
+        pool,
     };
-    for slot in server.pool.cleaning() {
-        server.clean(slot)?;
+    let watchdog = server.notify.watchdog.map(Task::Watchdog);
+    let first = [Task::Verify, Task::Look, Task::Uplinks];
+    for task in first.into_iter().chain(watchdog) {
+        server.after(Duration::ZERO, task);
     }
-    server.start_watching();
+    for slot in 0..server.pool.len() {
+        if server.pool.entries[slot as usize].state == State::Cleaning {
+            server.clean(slot);
+        }
+    }
     let (c, slots) = (server.pool.counts(), server.pool.len());
     let (path, old) = (server.config.socket.display(), c.lingering);
     let counts = format!("{} free, {old} with a lease from before", c.free);
@@ -116,41 +125,88 @@ pub(crate) fn run(config: Arc<Config>, listener: OwnedFd, notify: Notify) -> io:
 
 /// Takes over devices of ours, makes the missing ones, and installs the rules with live leases in them.
 pub(crate) fn adopt(k: &mut Kernel, uplinks: &[u32]) -> io::Result<(Pool, usize)> {
-    let Survey { ours, foreign, .. } = apply::survey(k)?;
+    let Survey { ours, foreign, .. } = apply::survey(k, None)?;
     if let Some(name) = foreign.first() {
         return Err(apply::foreign(name));
     }
     let until = Instant::now() + k.config.linger.max(CLAIM);
-    let (mut pool, mut missing) = (Pool::default(), Vec::new());
-    let last = ours.last().map_or(0, |d| d.slot + 1);
+    let (mut pool, mut missing, mut keys) = (Pool::default(), Vec::new(), BTreeSet::new());
+    let last = ours.last().map_or(0, |d| d.0.slot + 1);
     let mut found = ours.into_iter().peekable();
     // Slots are numbered without gaps: a device that went missing among others is made again.
     for slot in 0..last.max(k.config.slots) {
-        if let Some(d) = found.next_if(|d| d.slot == slot) {
-            pool.add(d.index, d.tag, d.sound, until);
+        if let Some((device, sound)) = found.next_if(|d| d.0.slot == slot) {
+            let only = device.lease.is_none_or(|l| keys.insert(l.key));
+            pool.add(device, sound && only, until);
         } else {
-            missing.push((slot, Tag::NEW));
-            pool.add(0, Tag::NEW, true, until);
+            let device = Device::new(slot);
+            if slot < last {
+                conntrack::flush(k, device.mark(), MARK_SLOT_MASK)?;
+            }
+            pool.add(device, false, until);
+            missing.push(device);
         }
     }
-    let rules = apply::base(k, uplinks, &pool.live())?;
-    for (slot, index) in apply::create(k, &missing)? {
-        pool.set_index(slot, index);
-    }
+    let rules = ruleset::ensure(k, uplinks, &pool.live())?;
+    link::any_ip(k, true)?;
+    apply::open_uplinks(k, uplinks)?;
+    let made = apply::create(k, &missing)?;
+    made.into_iter().for_each(|device| pool.cleaned(device));
     Ok((pool, rules))
 }
 
 impl Server {
-    /// Hands a slot the pool has for cleaning to the cleaner.
-    fn clean(&mut self, slot: Slot) -> io::Result<()> {
-        let (index, former) = (self.pool.index(slot), self.pool.former(slot));
-        self.cleaner.submit(Job::Clean(slot, index, former))
+    /// Puts the task on the list; one that is on it already is done at the earlier time.
+    fn after(&mut self, wait: Duration, task: Task) {
+        let mut at = Instant::now() + wait;
+        self.tasks.retain(|(earlier, other)| {
+            let same = *other == task;
+            at = if same { at.min(*earlier) } else { at };
+            !same
+        });
+        self.tasks.push((at, task));
+    }
+
+    fn run_tasks(&mut self, now: Instant) {
+        let due: Vec<_> = self.tasks.extract_if(.., |t| t.0 <= now).collect();
+        for (_, task) in due {
+            if let Err(e) = self.run(task) {
+                say!(error: "{task:?} could not be done, trying again: {e}");
+                self.after(RETRY, task);
+            }
+        }
+    }
+
+    fn run(&mut self, task: Task) -> io::Result<()> {
+        match task {
+            Task::Verify => {
+                self.after(VERIFY, task);
+                if ruleset::rules_present(&mut self.kernel)? != self.rules {
+                    self.after(Duration::ZERO, Task::Restore);
+                }
+            }
+            Task::Restore => self.restore_rules()?,
+            Task::Look => self.look()?,
+            Task::Uplinks => self.follow_uplinks()?,
+            Task::Clean(slot) => self.clean(slot),
+            Task::Watchdog(interval) => {
+                self.notify.say("WATCHDOG=1");
+                self.after(interval, task);
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands a slot the pool has for cleaning to the cleaner, which lives as long as we do.
+    fn clean(&mut self, slot: Slot) {
+        let device = self.pool.get(slot).map(|e| e.device);
+        let _ = device.map(|device| self.cleaner.jobs.send(device));
     }
 
     fn serve(&mut self) -> io::Result<()> {
         loop {
             let now = Instant::now();
-            self.timers(now)?;
+            self.timers(now);
             let ready = self.wait(now)?;
             if ready[0] {
                 return self.stop();
@@ -164,38 +220,36 @@ impl Server {
             if ready[3] {
                 self.read_tables();
             }
-            self.settle_doubts();
+            // Doubts are settled before anybody is served.
+            self.run_tasks(Instant::now());
             if ready[4] {
-                self.peers.accept(self.listener.as_fd(), Instant::now());
+                self.peers.accept(self.listener.as_fd());
             }
-            self.serve_peers(&ready[5..])?;
+            self.serve_peers(&ready[5..]);
         }
     }
 
-    /// Waits for the next thing to do; true where something is to be read or written.
+    /// Waits for the next thing to do; true where something is to be read.
     fn wait(&self, now: Instant) -> io::Result<Vec<bool>> {
         let deadlines = [
             self.pool.next_deadline(),
             self.peers.next_deadline(),
             (!self.pending.is_empty()).then(|| now + PENDING_TICK),
-            self.retries.iter().map(|r| r.0).min(),
-            self.doubts.next_deadline(),
-            self.notify.watchdog.map(|_| self.next_watchdog),
+            self.tasks.iter().map(|t| t.0).min(),
         ];
-        let deadlines = deadlines.into_iter().flatten();
-        let next = deadlines.fold(self.next_verify, Instant::min);
+        let next = deadlines.into_iter().flatten().min().unwrap_or(now);
         // One millisecond late rather than a turn too early.
         let wait = next.saturating_duration_since(now) + Duration::from_millis(1);
         let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
-        let inputs = [
+        let fds = [
             self.signals.as_fd(),
             self.cleaner.wake.as_fd(),
             self.links.fd.as_fd(),
             self.tables.fd.as_fd(),
             self.listener.as_fd(),
         ];
-        let mut fds = inputs.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).to_vec();
-        self.peers.poll_fds(&mut fds);
+        let fds = fds.into_iter().chain(self.peers.fds());
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(e) => return Err(e.into()),
@@ -203,59 +257,35 @@ impl Server {
         Ok(fds.iter().map(|f| f.any().unwrap_or(false)).collect())
     }
 
-    fn timers(&mut self, now: Instant) -> io::Result<()> {
+    fn timers(&mut self, now: Instant) {
         for slot in self.pool.expire(now) {
-            self.clean(slot)?;
+            self.clean(slot);
         }
-        self.retry_pending(now)?;
-        self.peers.expire(now);
-        self.bury_peers();
-        let due: Vec<_> = self.retries.extract_if(.., |r| r.0 <= now).collect();
-        for (_, what) in due {
-            match what {
-                Some(slot) => self.clean(slot)?,
-                None => self.growing = false,
-            }
+        self.retry_pending(now);
+        // What closed connections held lingers.
+        for id in self.peers.bury(now) {
+            self.pending.retain(|p| p.holder != id);
+            self.pool.holder_gone(id, now + self.config.linger);
         }
-        if now >= self.next_verify {
-            self.next_verify = now + VERIFY;
-            self.doubts.rules = true;
-            self.settle_doubts();
-        }
-        let watchdog = self.notify.watchdog.filter(|_| now >= self.next_watchdog);
-        if let Some(interval) = watchdog {
-            self.next_watchdog = now + interval;
-            self.notify.say("WATCHDOG=1");
-        }
+        self.run_tasks(now);
+        // A slot of a growing pool is one whose device is to be cleaned, and is not there yet.
         let wanted = self.pool.wanted(self.config.grow, self.config.max_slots);
-        if wanted > 0 && !self.growing {
-            self.growing = true;
-            let from = self.pool.len();
-            self.cleaner.submit(Job::Grow(from, from + wanted))?;
+        for slot in self.pool.len()..self.pool.len() + wanted {
+            self.pool.add(Device::new(slot), false, now);
+            self.clean(slot);
         }
-        Ok(())
     }
 
     fn cleaner_reports(&mut self) {
         let _ = self.cleaner.wake.read();
-        while let Ok(report) = self.cleaner.done.try_recv() {
-            let now = Instant::now();
-            match report {
-                Done::Cleaned(slot, Ok(index)) => self.pool.cleaned(slot, index),
-                Done::Cleaned(slot, Err(e)) => {
-                    say!(error: "slot {slot} stays out of use, trying again: {e}");
-                    self.retries.push((now + RETRY, Some(slot)));
-                }
-                Done::Grown(made, result) => {
-                    for index in made {
-                        self.pool.add(index, Tag::NEW, true, now);
-                    }
-                    self.growing = result.is_err();
-                    if let Err(e) = result {
-                        say!(error: "the pool cannot grow beyond {} slots: {e}", self.pool.len());
-                        // Try again when time has passed, not at every turn.
-                        self.retries.push((now + 30 * RETRY, None));
-                    }
+        while let Ok((was, result)) = self.cleaner.done.try_recv() {
+            match result {
+                Ok(device) => self.pool.cleaned(device),
+                Err(e) => {
+                    say!(error: "{} stays out of use, trying again: {e}", was.name());
+                    // Nobody misses a device that was never there as much as one that was.
+                    let wait = if was.index == 0 { 5 * RETRY } else { RETRY };
+                    self.after(wait, Task::Clean(was.slot));
                 }
             }
         }

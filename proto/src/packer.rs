@@ -16,7 +16,7 @@ mod profile;
 pub use self::control::{Command, Failure, Grant, Heard, failed, hello, notice, succeeded};
 pub use self::decode::{Decoder, Limits, Piece};
 pub use self::encode::{Frame, TooLong};
-pub use self::flow::{CAPACITY, Gauge, PAUSE_ABOVE, RESUME_BELOW, Turn};
+pub use self::flow::{CAPACITY, Gauge, ON_ITS_WAY, PAUSE_ABOVE, RESUME_BELOW, Turn};
 pub use self::head::{Fault, Head, Word};
 pub use self::profile::{Asked, Bodies, Profile, Token};
 

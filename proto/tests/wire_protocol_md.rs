@@ -122,8 +122,94 @@ fn every_example_is_known() {
     check_greetings(&mut examples);
     check_dialect_packets(&mut examples);
     check_packer(&mut examples);
+    check_streams(&mut examples);
     let left: Vec<_> = examples.0.keys().collect();
     assert!(left.is_empty(), "nothing checks {left:?}");
+}
+
+fn check_streams(examples: &mut Examples) {
+    use rvpn_proto::streams::mux::{INITIAL_WINDOW, Limits};
+    use rvpn_proto::streams::{self as streams, Message as Said};
+    let stated = examples.take("limits", "streams");
+    let expected = [
+        ("largest-message", streams::MAX_RECEIVED),
+        ("streams-of-a-connection", streams::STREAMS),
+        ("offers-of-a-connection", streams::OFFERS),
+        ("longest-opening", streams::OPENING_MAX),
+        ("first-window", INITIAL_WINDOW as usize),
+        ("largest-window", Limits::default().window as usize),
+    ];
+    let expected: Vec<String> = expected.iter().map(|(k, v)| format!("{k} = {v}")).collect();
+    assert_eq!(stated, expected.join("\n"));
+    assert!(DOCUMENT.contains(&format!("subprotocol is `{}`", streams::SUBPROTOCOL)));
+
+    let mut kinds = BTreeMap::new();
+    for (name, json) in examples.all("streams", "") {
+        let message = Said::parse(&json, Stage::Session).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let again = message.to_text(Stage::Session).expect("it was read");
+        let value = |text: &str| -> serde_json::Value {
+            serde_json::from_str(text).unwrap_or_else(|e| panic!("{name}: {e}"))
+        };
+        assert_eq!(value(&again), value(&json), "{name}: nothing is ignored");
+        // Exhaustive, so that a new kind is not forgotten in the document.
+        let kind = match message {
+            Said::Hello(_) => "hello",
+            Said::Welcome(_) => "welcome",
+            Said::Serve(_) => "serve",
+            Said::Serving(_) => "serving",
+            Said::Refused(_) => "refused",
+            Said::Withdraw(_) => "withdraw",
+            Said::Counts(_) => "counts",
+            Said::Goodbye(_) => "goodbye",
+            Said::Error(_) => "error",
+        };
+        assert!(name.starts_with(kind), "{name} is of kind {kind}");
+        kinds.insert(kind, ());
+    }
+    assert_eq!(kinds.len(), 9, "{kinds:?}");
+    check_stream(examples);
+}
+
+fn check_stream(examples: &mut Examples) {
+    use rvpn_proto::streams::mux::{Limits, Mux, Side};
+    use rvpn_proto::streams::{Opening, Status};
+    use std::task::{Context, Poll, Waker};
+    let visit = examples.take("streams-opening", "visit");
+    let visit = Opening::read(visit.as_bytes()).expect("a visit");
+    let again = visit.to_bytes().expect("it was read");
+    assert_eq!(Opening::read(&again[2..]), Ok(visit));
+
+    let (open, accepted) = (examples.hex("stream-open"), examples.hex("stream-accepted"));
+    let mut cx = Context::from_waker(Waker::noop());
+    let gateway = Mux::new(Side::Gateway, Limits::default());
+    let client = Limits {
+        accepted: 1,
+        ..Limits::default()
+    };
+    let client = Mux::new(Side::Client, client);
+    let mut visitor = gateway.open().expect("a stream");
+    // All behind yamux's header is what was written.
+    let written = visitor.poll_write(&mut cx, &open[12..]);
+    assert_eq!(written, Poll::Ready(Ok(open.len() - 12)));
+    let mut sent = Vec::new();
+    assert!(gateway.poll_send(&mut cx, &mut sent, 65_536).is_ready());
+    assert_eq!(sent, open);
+    client.receive(&open).expect("no fault");
+    let Poll::Ready(Some(mut stream)) = client.poll_accept(&mut cx) else {
+        panic!("no stream");
+    };
+    let mut got = vec![0; 1000];
+    let Poll::Ready(Ok(n)) = stream.poll_read(&mut cx, &mut got) else {
+        panic!("nothing on it");
+    };
+    let length = Opening::length([got[0], got[1]]).expect("a length");
+    let Opening::Visit(visit) = Opening::read(&got[2..2 + length]).expect("a visit");
+    assert_eq!((visit.offer, &got[2 + length..n]), (1, &b"GET"[..]));
+    let answer = stream.poll_write(&mut cx, &[Status::Accepted as u8]);
+    assert_eq!(answer, Poll::Ready(Ok(1)));
+    let mut sent = Vec::new();
+    assert!(client.poll_send(&mut cx, &mut sent, 65_536).is_ready());
+    assert_eq!(sent, accepted);
 }
 
 fn check_upgrades(examples: &mut Examples) {

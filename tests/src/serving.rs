@@ -82,10 +82,19 @@ pub fn connect(ns: &Ns, to: SocketAddr) -> TcpStream {
 /// A visitor of a name, through the gateway's public port, with TLS that only
 /// the name's own server can end.
 pub async fn visit(from: &Ns, name: &str, identity: &Identity) -> client::TlsStream<TcpStream> {
+    let connected = try_visit(from, name, identity).await;
+    connected.unwrap_or_else(|e| panic!("no TLS with {name}: {e}"))
+}
+
+/// The same where it may fail.
+pub async fn try_visit(
+    from: &Ns,
+    name: &str,
+    identity: &Identity,
+) -> std::io::Result<client::TlsStream<TcpStream>> {
     let tcp = connect(from, at(GW4, 443).parse().expect("address"));
     let sni = ServerName::try_from(name.to_owned()).expect("a name");
-    let connected = identity.connector().connect(sni, tcp).await;
-    connected.unwrap_or_else(|e| panic!("no TLS with {name}: {e}"))
+    identity.connector().connect(sni, tcp).await
 }
 
 /// Listens in a namespace, for the caller's runtime.
@@ -293,3 +302,54 @@ pub fn resident(pid: u32) -> usize {
 
 /// How long a test waits for something that is to happen at once.
 pub const SOON: Duration = Duration::from_secs(20);
+
+/// What an HTTP server was asked, whole heads.
+pub type Heads = Arc<std::sync::Mutex<Vec<String>>>;
+
+/// An HTTP server that answers every request with what it was asked for, and
+/// keeps its connections. What comes before the first request, such as a PROXY
+/// header, is a part of its head.
+pub fn http_server(ns: &Ns, address: &str) -> Heads {
+    let heads = Heads::default();
+    let (listener, kept) = (listen(ns, address), Arc::clone(&heads));
+    tokio::spawn(async move {
+        while let Ok((mut tcp, _)) = listener.accept().await {
+            let kept = Arc::clone(&kept);
+            tokio::spawn(async move {
+                let mut held = Vec::new();
+                let mut piece = [0; 4096];
+                loop {
+                    let end = held.windows(4).position(|w| w == b"\r\n\r\n");
+                    // A PROXY header begins with such an end too.
+                    let end = end.filter(|at| *at > 0).or_else(|| {
+                        let rest = held.get(4..).unwrap_or_default();
+                        let at = rest.windows(4).position(|w| w == b"\r\n\r\n")?;
+                        Some(at + 4)
+                    });
+                    if let Some(end) = end {
+                        let head = String::from_utf8_lossy(&held[..end]).into_owned();
+                        held.drain(..end + 4);
+                        let line = head.lines().find(|l| l.contains(" HTTP/1."));
+                        // A PROXY header has no end of its own.
+                        let line = line.and_then(|l| l.get(l.find("GET")?..));
+                        let body = format!("you asked: {}", line.unwrap_or("nothing"));
+                        kept.lock().expect("heads").push(head);
+                        let answer = format!(
+                            "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}",
+                            body.len()
+                        );
+                        if tcp.write_all(answer.as_bytes()).await.is_err() {
+                            return;
+                        }
+                        continue;
+                    }
+                    match tcp.read(&mut piece).await {
+                        Ok(0) | Err(_) => return,
+                        Ok(n) => held.extend_from_slice(&piece[..n]),
+                    }
+                }
+            });
+        }
+    });
+    heads
+}

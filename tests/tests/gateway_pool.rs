@@ -285,7 +285,7 @@ fn f_10_packets_leave_no_memory_behind() {
 }
 
 #[test]
-fn f_15_the_sixth_client_of_five_is_told_at_once() {
+fn f_15_and_dos_16_the_sixth_client_of_five_is_told_at_once() {
     let scene = Scene::new("slots = 5\nmax-slots = 5\n", DIALECTS);
     on(&scene.phone, async || {
         let mut inside = Vec::new();

@@ -125,6 +125,51 @@ fn a_token_from_key_to_revocation() {
 }
 
 #[test]
+fn r_16_ports_are_opened_listed_and_closed() {
+    let (lab, _helper, gateway) = scene();
+    let run = |words: &[&str]| operator(&lab, &gateway, words);
+    let made = run(&["listener", "add", "9001"]).good();
+    assert!(made.contains("9001: added"), "{made}");
+    let again = run(&["listener", "add", "9001", "--json"]).json();
+    assert_eq!(again["status"], "exists");
+    let list = run(&["listener", "ls"]).good();
+    for part in ["9001", ":443", "api", "config", "auto"] {
+        assert!(list.contains(part), "{part}: {list}");
+    }
+    // A device joins and pings through the port that was just opened.
+    let link = run(&[
+        "invite",
+        "alice",
+        "--json",
+        "--address",
+        &format!("{GW4}:9001"),
+    ])
+    .json();
+    let phone = Machine::new(&lab, "phone", 10);
+    let link = link["link"].as_str().expect("a link").to_owned();
+    phone.rvpn(&["join", &link]).good();
+    phone.rvpn(&["ping", "-c", "1", UP4]).good();
+    run(&["listener", "add", "9002", "--for", "box.example"]).good();
+    let named = run(&["listener", "ls"]).good();
+    assert!(named.contains("box.example"), "{named}");
+    for (words, why) in [
+        (&["listener", "add", "9002"][..], "box.example already"),
+        (&["listener", "add", "20000"], "16384 to 32767"),
+        (&["listener", "add", "x"], "address"),
+        (&["listener", "rm", "9003"], "no such listener"),
+    ] {
+        let said = run(words);
+        let clear = said.code == 1 && said.err.contains(why);
+        assert!(clear, "{words:?}: {said:?}");
+    }
+    run(&["listener", "rm", "9001"]).good();
+    run(&["listener", "rm", "9002"]).good();
+    assert_ne!(phone.rvpn(&["ping", "-c", "1", UP4]).code, 0);
+    let list = run(&["listener", "ls"]).good();
+    assert!(!list.contains("900") && list.contains(":443"), "{list}");
+}
+
+#[test]
 fn invites_are_listed_taken_back_and_drawn() {
     let (lab, _helper, gateway) = scene();
     let run = |words: &[&str]| operator(&lab, &gateway, words);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rvpn_lab::gateway::Gateway;
 use rvpn_lab::machine::Machine;
-use rvpn_lab::serving::{Identity, SOON, echo, noise, tls_server, visit};
+use rvpn_lab::serving::{Identity, SOON, echo, http_server, noise, tls_server, visit};
 use rvpn_lab::topology::{GW4, at};
 use rvpn_lab::{Helper, Lab, wait_until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -207,4 +207,98 @@ async fn serving_goes_on_in_the_background_until_it_is_stopped() {
     let left = std::fs::read_dir(phone.run_dir().join("serve")).expect("directory");
     assert_eq!(left.count(), 0);
     tokio::time::sleep(Duration::from_millis(1)).await;
+}
+
+/// Runs curl on the internet's side against the public port; its output.
+fn curl(lab: &Lab, words: &[&str]) -> String {
+    let mut curl = Command::new("curl");
+    curl.args(["-sSk", "--max-time", "10", "--resolve"])
+        .arg(format!("app.alice.example:443:{GW4}"))
+        .args(words);
+    let output = lab.up.output(&mut curl);
+    let said = String::from_utf8_lossy(&output.stderr);
+    format!("{}{said}", String::from_utf8_lossy(&output.stdout))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_web_server_is_served_under_a_name_and_learns_who_visits() {
+    let (lab, _helper, gateway, phone) = scene();
+    let heads = http_server(&phone.ns, "127.0.0.1:3000");
+    let login = phone.login(&gateway, "alice", &["*.alice.example"], &[]);
+    let mut serve = phone.serving(&login, &["3000", "--name", "app", "--proxy-protocol"]);
+    let url = serve.events("serving")[0]["urls"][0].clone();
+    assert_eq!(url, "https://app.alice.example");
+    let said = curl(
+        &lab,
+        &[
+            "https://app.alice.example/one",
+            "https://app.alice.example/two",
+        ],
+    );
+    assert_eq!(
+        said,
+        "you asked: GET /one HTTP/1.1you asked: GET /two HTTP/1.1"
+    );
+    let said = curl(&lab, &["http://app.alice.example:443/three"]);
+    assert_eq!(said, "you asked: GET /three HTTP/1.1");
+    let asked = heads.lock().expect("heads").clone();
+    assert!(asked[0].contains("QUIT"), "no PROXY header: {:?}", asked[0]);
+    let visitor = serve.until("visitor");
+    assert!(
+        visitor["peer"]
+            .as_str()
+            .is_some_and(|p| p.starts_with("1.1.1.1:")),
+        "{visitor}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_password_is_asked_for_before_the_server_sees_anything() {
+    let (lab, _helper, gateway, phone) = scene();
+    let heads = http_server(&phone.ns, "127.0.0.1:3000");
+    let login = phone.login(&gateway, "alice", &["*.alice.example"], &[]);
+    let users = phone.secret("users", "ann:secret\n");
+    let words = [
+        "3000",
+        "--name",
+        "app",
+        "--auth",
+        "basic",
+        "--auth-file",
+        &users,
+    ];
+    let _serve = phone.serving(&login, &words);
+    let url = "https://app.alice.example/secret";
+    let status = ["-o", "/dev/null", "-w", "%{http_code} "];
+    for more in [&[][..], &["-u", "ann:wrong"], &["-u", "bob:secret"]] {
+        let said = curl(&lab, &[&status, more, &[url]].concat());
+        assert_eq!(said, "401 ", "{more:?}");
+    }
+    assert!(
+        heads.lock().expect("heads").is_empty(),
+        "the server was asked"
+    );
+    assert_eq!(
+        curl(&lab, &["-u", "ann:secret", url]),
+        "you asked: GET /secret HTTP/1.1"
+    );
+    // On a connection that is kept each request is asked.
+    let said = curl(
+        &lab,
+        &[
+            &status[..],
+            &["-u", "ann:secret", url, "--next", "-k"],
+            &status,
+            &["--max-time", "10", url],
+        ]
+        .concat(),
+    );
+    assert!(said.starts_with("200 401 "), "{said}");
+    let asked = heads.lock().expect("heads").clone();
+    assert_eq!(asked.len(), 2);
+    // What was for us is not passed on.
+    let told = asked
+        .iter()
+        .any(|h| h.to_ascii_lowercase().contains("authorization"));
+    assert!(!told, "{asked:?}");
 }

@@ -63,6 +63,14 @@ pub(crate) struct Serve {
     /// As older clients have it: wss://HOST:PORT/
     #[arg(long, value_name = "URL", requires = "locals", hide_short_help = true)]
     pub(crate) stunneld: Option<String>,
+    /// SHA-256 of the certificate of --stunneld, to believe that one only
+    #[arg(
+        long,
+        value_name = "HEX",
+        requires = "stunneld",
+        hide_short_help = true
+    )]
+    pub(crate) pin: Option<String>,
     /// As older clients have it: what signs the names of --locals; '-' reads it from standard input
     #[arg(
         long,

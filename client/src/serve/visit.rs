@@ -145,3 +145,96 @@ async fn dial(target: &Target) -> Result<TcpStream, String> {
         Err(_) => Err(format!("no answer in {DIALLED:?}")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rvpn_proto::streams::Offered;
+    use rvpn_proto::streams::mux::{Limits, Mux, Side};
+    use std::future::poll_fn;
+    use tokio::net::TcpListener;
+
+    /// Carries bytes between two ends for as long as the test runs.
+    fn join(from: &Mux, to: &Mux) {
+        let (from, to) = (from.clone(), to.clone());
+        tokio::spawn(async move {
+            loop {
+                let mut bytes = Vec::new();
+                poll_fn(|cx| from.poll_send(cx, &mut bytes, 65_536)).await;
+                to.receive(&bytes).unwrap();
+            }
+        });
+    }
+
+    #[tokio::test]
+    async fn rev_11_only_what_the_command_line_has_is_dialled() {
+        let served = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let target = Target {
+            id: 1,
+            service: Offered::Tcp,
+            host: "127.0.0.1".to_owned(),
+            port: served.local_addr().unwrap().port(),
+            name: None,
+            public_port: None,
+        };
+        let (news, mut heard) = mpsc::channel(16);
+        let house = Arc::new(House {
+            targets: vec![target],
+            accounts: None,
+            proxy_protocol: false,
+            news,
+        });
+        let gateway = Mux::new(Side::Gateway, Limits::default());
+        let limits = Limits {
+            accepted: 16,
+            ..Limits::default()
+        };
+        let client = Mux::new(Side::Client, limits);
+        join(&gateway, &client);
+        join(&client, &gateway);
+        let accepting = client.clone();
+        tokio::spawn(async move {
+            while let Some(handle) = poll_fn(|cx| accepting.poll_accept(cx)).await {
+                tokio::spawn(welcome(Arc::clone(&house), Stream::new(handle)));
+            }
+        });
+        let framed = |text: String| {
+            let mut bytes = u16::try_from(text.len()).unwrap().to_be_bytes().to_vec();
+            bytes.extend_from_slice(text.as_bytes());
+            bytes
+        };
+        let port = other.local_addr().unwrap().port();
+        // Whatever a gateway says of other offers, services, hosts and ports.
+        for text in [
+            r#"{"kind":"visit","offer":2,"peer":"1.1.1.1:1","port":22,"service":"tcp"}"#.to_owned(),
+            r#"{"kind":"visit","offer":1,"peer":"1.1.1.1:1","port":22,"service":"ssh"}"#.to_owned(),
+            format!(r#"{{"kind":"connect","host":"127.0.0.1","port":{port}}}"#),
+            format!(r#"{{"kind":"open","to":"127.0.0.1:{port}"}}"#),
+            "{}".to_owned(),
+        ] {
+            let mut stream = Stream::new(gateway.open().unwrap());
+            stream.write_all(&framed(text.clone())).await.unwrap();
+            assert_eq!(
+                stream.read_u8().await.unwrap(),
+                Status::Refused as u8,
+                "{text}"
+            );
+            assert!(matches!(heard.recv().await, Some(News::Strange { .. })));
+        }
+        // An address in a description is for show: only the target is dialled.
+        let text = format!(
+            r#"{{"kind":"visit","offer":1,"peer":"127.0.0.1:{port}","port":{port},"service":"tcp","host":"127.0.0.1:{port}"}}"#
+        );
+        let mut stream = Stream::new(gateway.open().unwrap());
+        stream.write_all(&framed(text)).await.unwrap();
+        let (mut local, _) = served.accept().await.unwrap();
+        // The server speaks first.
+        local.write_all(b"220").await.unwrap();
+        let mut got = [0; 4];
+        stream.read_exact(&mut got).await.unwrap();
+        assert_eq!(&got, b"\x00220");
+        let strange = timeout(Duration::from_millis(100), other.accept()).await;
+        assert!(strange.is_err(), "something else was dialled");
+    }
+}

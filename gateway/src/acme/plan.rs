@@ -169,7 +169,7 @@ mod tests {
             at += **w;
             at <= 3600
         });
-        assert!(1 + tries.count() <= 5);
+        assert!(tries.count() < 5);
     }
 
     #[test]

@@ -300,19 +300,6 @@ impl Io {
         self.unread = bytes;
     }
 
-    /// The name that the visitor's TLS was made with.
-    pub fn server_name(&self) -> Option<&str> {
-        match &self.layer {
-            Layer::Plain(_) => None,
-            Layer::Tls(tls) => tls.get_ref().1.server_name(),
-        }
-    }
-
-    /// The port of ours that it came to.
-    pub fn local_port(&self) -> io::Result<u16> {
-        Ok(self.counted().socket()?.local_addr()?.port())
-    }
-
     /// Ties the life of `what` to that of the connection.
     pub fn hold(&mut self, what: impl Any + Send + Sync) {
         self.held = Some(Box::new(what));

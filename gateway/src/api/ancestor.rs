@@ -27,29 +27,32 @@ use crate::serve::count::Traffic;
 use crate::serve::table::{Connections, ServerView, Snapshot, What};
 
 /// Both spellings of the prefix: its code said one, its manual the other.
-pub(super) const PREFIXES: [&str; 2] = ["/api/com.daplie.tunnel", "/api/com.daplie.rvpn"];
+const PREFIXES: [&str; 2] = ["/api/com.daplie.tunnel", "/api/com.daplie.rvpn"];
 
 /// Numbers the answers.
 static LAST: AtomicU64 = AtomicU64::new(0);
 
-/// Below one of the prefixes. A path with a slash too many or too few leads to
-/// the right one.
+/// Below both prefixes. A path with a slash too many or too few leads to the
+/// right one.
 pub(super) fn routes() -> Router<Arc<Desk>> {
-    Router::new()
-        .route("/status/", get(status))
-        .route("/status", get(other_slash))
-        .route("/servers", get(servers))
-        .route("/servers/", get(other_slash))
-        .route("/server/", get(no_server))
-        .route("/server", get(other_slash))
-        .route("/server/{id}", get(server))
-        .route("/server/{id}/", get(other_slash))
-        .route("/domains", get(domains))
-        .route("/domains/", get(other_slash))
-        .route("/domain/", get(no_domain))
-        .route("/domain", get(other_slash))
-        .route("/domain/{name}", get(domain))
-        .route("/domain/{name}/", get(other_slash))
+    PREFIXES.into_iter().fold(Router::new(), |router, prefix| {
+        let at = |path: &str| format!("{prefix}{path}");
+        router
+            .route(&at("/status/"), get(status))
+            .route(&at("/status"), get(other_slash))
+            .route(&at("/servers"), get(servers))
+            .route(&at("/servers/"), get(other_slash))
+            .route(&at("/server/"), get(no_server))
+            .route(&at("/server"), get(other_slash))
+            .route(&at("/server/{id}"), get(server))
+            .route(&at("/server/{id}/"), get(other_slash))
+            .route(&at("/domains"), get(domains))
+            .route(&at("/domains/"), get(other_slash))
+            .route(&at("/domain/"), get(no_domain))
+            .route(&at("/domain"), get(other_slash))
+            .route(&at("/domain/{name}"), get(domain))
+            .route(&at("/domain/{name}/"), get(other_slash))
+    })
 }
 
 async fn other_slash(uri: Uri) -> Response {
@@ -119,11 +122,12 @@ async fn status(State(desk): State<Arc<Desk>>, uri: Uri) -> Response {
     let config = desk.config();
     let table = desk.front.table.snapshot();
     let dead = config.serve.dead_time;
+    let admin = config.admin_public.iter().chain(&config.admin_names).next();
     let result = json!({
         "name": "rvpn-gateway",
         "uptime": desk.started.elapsed().as_secs_f64(),
         "wss_domain": config.names.first().unwrap_or_default(),
-        "admin_domain": config.admin_names.first().map_or("", String::as_str),
+        "admin_domain": admin.map_or("", String::as_str),
         "loadbalance_default_method": config.serve.balance.as_str(),
         "dead_time": {
             "dwell": dead.dwell.as_secs(),

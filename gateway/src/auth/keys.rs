@@ -1,5 +1,6 @@
 //! The keys that tokens are judged by.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -63,6 +64,7 @@ pub(super) struct Block {
     pub(super) key: DecodingKey,
     pub(super) class: Class,
     pub(super) names: Vec<Pattern>,
+    pub(super) ports: Option<Vec<RangeInclusive<u16>>>,
     pub(super) profile: Option<Profile>,
     secret: config::Secret,
 }
@@ -99,6 +101,7 @@ impl KeyRing {
                 key: DecodingKey::from_secret(block.secret.bytes()),
                 class: block.class,
                 names: block.domains.clone(),
+                ports: block.ports.clone(),
                 profile: block.profile,
                 secret: block.secret.clone(),
             });

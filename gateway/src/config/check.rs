@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -322,27 +323,51 @@ fn one_legacy(raw: raw::Legacy, base: &Path) -> Checked<Legacy> {
             .map_err(|why| wrong(&format!("\"{domain}\" is no domain: {why}")))?;
         domains.push(pattern);
     }
+    let ports = raw.ports.map(ports).transpose().map_err(|e| wrong(&e))?;
+    let profile = raw.profile.map(|p| profile(&p)).transpose();
+    let profile = profile.map_err(|e| wrong(&e))?;
     Ok(Legacy {
         account: format!("legacy:{name}").into(),
         name,
         secret,
         domains,
-        profile: raw.profile.map(|p| profile(&p)).transpose()?,
+        ports,
+        profile,
         class: raw.class,
     })
+}
+
+fn ports(raw: Vec<raw::Ports>) -> Checked<Vec<RangeInclusive<u16>>> {
+    let several = |text: &str| {
+        let (first, last) = text.split_once('-')?;
+        let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        (0 < first && first <= last).then_some(first..=last)
+    };
+    raw.into_iter()
+        .map(|ports| match ports {
+            raw::Ports::One(port @ 1..) => Ok(port..=port),
+            raw::Ports::One(0) => Err("port 0 is none".to_owned()),
+            raw::Ports::Several(text) => several(&text)
+                .ok_or_else(|| format!("\"{text}\" is no range of ports; write it like 2000-2999")),
+        })
+        .collect()
 }
 
 fn packer(raw: raw::Packer, legacy: &[Legacy]) -> Checked<Packer> {
     let some = legacy.iter().any(|l| !l.domains.is_empty());
     Ok(Packer {
         enabled: raw.enabled.unwrap_or(some),
-        profile: raw.profile.map(|p| profile(&p)).transpose()?,
+        profile: raw
+            .profile
+            .map(|p| profile(&p))
+            .transpose()
+            .map_err(|why| format!("packer: {why}"))?,
     })
 }
 
 fn profile(text: &str) -> Checked<Profile> {
     text.parse()
-        .map_err(|why| format!("profile: \"{text}\" is {why}"))
+        .map_err(|why| format!("profile \"{text}\" is {why}"))
 }
 
 fn dialect(raw: raw::Dialect, legacy: &[Legacy]) -> Checked<Dialect> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use rvpn_proto::name::{Name, Pattern};
 
 use super::check::Checked;
-use super::{CertificateFiles, FrontSettings, NamedCertificate, raw};
+use super::{CertificateFiles, FrontSettings, NamedCertificate, Unknown, raw};
 
 pub(super) fn certificates(
     raw: Vec<raw::Certificate>,
@@ -53,5 +53,9 @@ pub(super) fn settings(raw: &raw::Front) -> Checked<FrontSettings> {
         ssh: name("ssh", &raw.ssh)?.or_else(|| other.clone()),
         other,
         silent: name("silent", &raw.silent)?,
+        unknown: match raw.unknown {
+            raw::Unknown::Close => Unknown::Close,
+            raw::Unknown::Json => Unknown::Json,
+        },
     })
 }

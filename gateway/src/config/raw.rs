@@ -104,6 +104,16 @@ pub(super) struct Front {
     pub(super) default_service: Option<String>,
     pub(super) ssh: Option<String>,
     pub(super) silent: Option<String>,
+    #[serde(default)]
+    pub(super) unknown: Unknown,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Unknown {
+    #[default]
+    Close,
+    Json,
 }
 
 #[derive(Debug, Deserialize)]
@@ -194,9 +204,18 @@ pub(super) struct Legacy {
     pub(super) secret_file: Option<PathBuf>,
     #[serde(default)]
     pub(super) domains: Vec<String>,
+    pub(super) ports: Option<Vec<Ports>>,
     pub(super) profile: Option<String>,
     #[serde(default)]
     pub(super) class: u8,
+}
+
+/// One port, or several as `first-last`.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Ports {
+    One(u16),
+    Several(String),
 }
 
 #[derive(Debug, Default, Deserialize)]

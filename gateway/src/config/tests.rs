@@ -251,3 +251,31 @@ fn names_have_the_nearest_policy() {
         assert!(error.contains(what), "{error}");
     }
 }
+
+#[test]
+fn older_tunnel_clients_are_let_in_where_a_block_has_names_for_them() {
+    let block = "[[legacy]]\nname = \"old\"\nsecret = \"s\"\n";
+    let named =
+        format!("{block}domains = [\"a.ex\"]\nports = [80, \"90-99\"]\nprofile = \"go-2017\"\n");
+    assert!(!with("").unwrap().packer.enabled);
+    assert!(!with(block).unwrap().packer.enabled);
+    let config = with(&named).unwrap();
+    assert!(config.packer.enabled);
+    assert_eq!(config.legacy[0].ports, Some(vec![80..=80, 90..=99]));
+    let off = format!("[packer]\nenabled = false\n{named}");
+    assert!(!with(&off).unwrap().packer.enabled);
+    let on = with("[packer]\nenabled = true\nprofile = \"node-2018\"\n").unwrap();
+    assert_eq!(on.packer.profile.unwrap().as_str(), "node-2018");
+    for (wrong, what) in [
+        (format!("{block}ports = [0]\n"), "port 0"),
+        (format!("{block}ports = [\"9-8\"]\n"), "\"9-8\""),
+        (format!("{block}profile = \"node\"\n"), "go-2020"),
+        (
+            "[packer]\nprofile = \"c1\"\n".to_owned(),
+            "packer: profile \"c1\"",
+        ),
+    ] {
+        let error = refused(&wrong);
+        assert!(error.contains(what), "{error}");
+    }
+}

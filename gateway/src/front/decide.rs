@@ -8,7 +8,7 @@ use rvpn_proto::sniff::ClientHello;
 use rvpn_proto::sniff::alert::Alert;
 
 pub use super::look::What;
-use crate::config::{Config, Mode};
+use crate::config::{Config, Mode, Unknown};
 use crate::http::{Front, Visitor};
 use crate::serve::table::Ending;
 use crate::serve::{Service, Visit};
@@ -55,6 +55,8 @@ pub enum Refusal {
     NoHttp2,
     /// That such a request is not for this port, in the words of HTTP/1.
     Misdirected,
+    /// That the protocol is not known, in JSON, as an ancestor did.
+    Unknown,
     /// Nothing.
     Silence,
 }
@@ -67,9 +69,12 @@ pub fn decide(what: &What, mode: Mode, config: &Config, visitor: &Visitor, front
         (_, Mode::Tls) => Way::Refused(Refusal::Alert(Alert::UnexpectedMessage)),
         (What::Http, _) => Way::Http,
         (What::Http2, _) => Way::Refused(Refusal::NoHttp2),
-        (What::Ssh, _) => by_default(config.front.ssh.as_ref(), Service::Ssh, visitor),
-        (What::Other, _) => by_default(config.front.other.as_ref(), Service::Tcp, visitor),
-        (What::Silent, _) => by_default(config.front.silent.as_ref(), Service::Tcp, visitor),
+        (What::Ssh, _) => by_default(config, config.front.ssh.as_ref(), Service::Ssh, visitor),
+        (What::Other, _) => by_default(config, config.front.other.as_ref(), Service::Tcp, visitor),
+        (What::Silent, _) => match &config.front.silent {
+            Some(name) => through(name, Service::Tcp, visitor),
+            None => Way::Refused(Refusal::Silence),
+        },
     }
 }
 
@@ -81,7 +86,8 @@ fn tls(hello: &ClientHello, config: &Config, visitor: &Visitor, front: &Front) -
         return Way::Here(Certificate::Challenge(name.clone()));
     }
     // The gateway's names are nobody else's, whatever the table says.
-    if !config.names.lists(name.as_str()) {
+    let own = config.names.lists(name.as_str()) || config.is_admin_name(name.as_str());
+    if !own {
         match front.table.ending(name) {
             Some(Ending::There) => return through(name, Service::Https, visitor),
             Some(Ending::Here) => return Way::Here(Certificate::Served(name.clone())),
@@ -92,10 +98,11 @@ fn tls(hello: &ClientHello, config: &Config, visitor: &Visitor, front: &Front) -
 }
 
 /// To the service that the configuration names for those who name none.
-fn by_default(name: Option<&Name>, service: Service, visitor: &Visitor) -> Way {
-    match name {
-        Some(name) => through(name, service, visitor),
-        None => Way::Refused(Refusal::Silence),
+fn by_default(config: &Config, name: Option<&Name>, service: Service, visitor: &Visitor) -> Way {
+    match (name, config.front.unknown) {
+        (Some(name), _) => through(name, service, visitor),
+        (None, Unknown::Json) => Way::Refused(Refusal::Unknown),
+        (None, Unknown::Close) => Way::Refused(Refusal::Silence),
     }
 }
 

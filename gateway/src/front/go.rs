@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use bytes::BytesMut;
 use rustls::ServerConfig;
 use rvpn_proto::sniff::alert::Alert;
+use rvpn_proto::sniff::{Class, classify};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
@@ -18,18 +20,24 @@ use super::decide::{Certificate, Refusal, Way};
 use crate::admit::{Io, Raw};
 use crate::http::{self, Front, Visitor};
 use crate::limits::PendingPass;
-use crate::serve::{Duplex, visit};
+use crate::serve::{Duplex, Service, Visit, visit};
 
 /// How long the farewell to somebody who is refused may take.
 const PARTING: Duration = Duration::from_secs(1);
 /// What is still read of somebody who is refused, so that the farewell arrives
 /// before the reset that unread bytes cause.
 const PARTING_BYTES: u64 = 64 * 1024;
+/// What is read at first of what TLS had in it.
+const INSIDE: usize = 256;
 /// No settings, and a farewell that says to use HTTP/1.1 (RFC 9113, 7).
 const GOAWAY: &[u8] = b"\0\0\0\x04\0\0\0\0\0\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0d";
 
 const MISDIRECTED: &[u8] =
     b"HTTP/1.1 421 Misdirected Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+
+/// As an ancestor said it.
+const UNKNOWN: &[u8] =
+    b"{\"error\":{\"message\":\"this protocol is not known here\",\"code\":\"E_INVALID_PROTOCOL\"}}\n";
 
 /// Carries it out.
 pub(super) async fn go(front: Arc<Front>, raw: Raw, visitor: Visitor, way: Way, pass: PendingPass) {
@@ -47,6 +55,7 @@ pub(super) async fn refuse(raw: Raw, refusal: Refusal) {
         Refusal::Alert(alert) => part(raw, &alert.record()).await,
         Refusal::NoHttp2 => part(raw, GOAWAY).await,
         Refusal::Misdirected => part(raw, MISDIRECTED).await,
+        Refusal::Unknown => part(raw, UNKNOWN).await,
         Refusal::Silence => {}
     }
 }
@@ -82,10 +91,42 @@ async fn here(
             http::serve(front, io, visitor, pass).await;
         }
         Certificate::Served(name) => {
-            visitor.asked = Some(name);
-            http::serve(front, io, visitor, pass).await;
+            let limit = front.config().limits.login_time;
+            let Ok(Ok(service)) = timeout(limit, inside(&mut io)).await else {
+                return drop(timeout(PARTING, io.shutdown()).await);
+            };
+            if service == Service::Http {
+                visitor.asked = Some(name);
+                return http::serve(front, io, visitor, pass).await;
+            }
+            let visit = Visit {
+                peer: visitor.peer,
+                port: visitor.port,
+                name: Some(name),
+                service,
+            };
+            visit::pass(front, io, visit, pass).await;
         }
     }
+}
+
+/// What is spoken inside TLS that ended here in a client's place. Whoever says
+/// nothing is a browser that will in a moment, so nobody is let speak first.
+async fn inside(io: &mut Io) -> io::Result<Service> {
+    let mut bytes = BytesMut::with_capacity(INSIDE);
+    let service = loop {
+        if io.read_buf(&mut bytes).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        match classify(&bytes) {
+            None => {}
+            Some(Class::Http | Class::Http2) => break Service::Http,
+            Some(Class::Ssh) => break Service::Ssh,
+            Some(Class::Tls | Class::Ssl2 | Class::Other) => break Service::Tcp,
+        }
+    };
+    io.unread(bytes.freeze());
+    Ok(service)
 }
 
 async fn handshake(front: &Front, config: Arc<ServerConfig>, raw: Raw) -> io::Result<Io> {

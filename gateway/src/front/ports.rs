@@ -13,7 +13,7 @@ use super::listeners::{Added, Fault, Purpose, Take, everywhere};
 use super::look::{self, What};
 use super::{decide, go};
 use crate::admit::{Counted, Io};
-use crate::config::{Listener, Mode};
+use crate::config::{AdminAddress, Config, Listener, Mode};
 use crate::http::{Front, Visitor};
 use crate::limits::PendingPass;
 use crate::serve::table::{Doors, Refused};
@@ -38,7 +38,19 @@ impl Ports {
     }
 }
 
+/// Whether the gateway itself is at that port, or would be after a restart.
+fn is_ours(config: &Config, port: u16) -> bool {
+    let admin = match &config.admin {
+        AdminAddress::Tcp(address) => Some(address.port()),
+        AdminAddress::Unix(_) => None,
+    };
+    admin == Some(port) || config.listeners.iter().any(|l| l.address.port() == port)
+}
+
 fn open(front: &Arc<Front>, port: u16) -> Result<(), Refused> {
+    if is_ours(&front.config(), port) {
+        return Err(Refused::PortTaken(port));
+    }
     let settings = Listener {
         address: everywhere(port),
         mode: Mode::Auto,
@@ -113,9 +125,11 @@ impl Take for OfClient {
             };
             // These have names, and names have the front: here they would go to
             // whoever has the port, whomever they asked for.
-            let misdirected = seen.what == What::Http && seen.names_a_host(&mut io, SILENCE).await;
+            let strict = front.config().serve.strict_ports;
+            let misdirected =
+                strict && seen.what == What::Http && seen.names_a_host(&mut io, SILENCE).await;
             let refusal = match &seen.what {
-                What::Tls(ClientHello { name: Some(_), .. }) => {
+                What::Tls(ClientHello { name: Some(_), .. }) if strict => {
                     Some(decide::Refusal::Alert(Alert::UnrecognizedName))
                 }
                 _ => misdirected.then_some(decide::Refusal::Misdirected),

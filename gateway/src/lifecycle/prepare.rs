@@ -12,11 +12,13 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 use super::{Failure, load};
-use crate::config::{AdminAddress, Config, KeySource};
+use crate::config::{AdminAddress, Config, KeySource, LogFile, LogTo};
 use crate::front::listeners::Origin;
 use crate::listener::{self, inherited::Inherited};
+use crate::log::Rotating;
 
 /// What is carried over into the locked-in process.
 pub(super) struct Prepared {
@@ -82,15 +84,41 @@ pub(super) fn log_filter(config: &Config) -> Result<EnvFilter, Failure> {
 }
 
 fn start_logs(config: &Config) -> Result<(), Failure> {
+    let (to, terminal) = match &config.log.to {
+        LogTo::Stderr => (BoxMakeWriter::new(io::stderr), io::stderr().is_terminal()),
+        LogTo::Stdout => (BoxMakeWriter::new(io::stdout), io::stdout().is_terminal()),
+        LogTo::Nowhere => (BoxMakeWriter::new(io::sink), false),
+        LogTo::File(file) => (BoxMakeWriter::new(log_file(file, config.user)?), false),
+    };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(log_filter(config)?)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal());
+        .with_writer(to)
+        .with_ansi(terminal);
     let started = match config.log.json {
         true => builder.json().try_init(),
         false => builder.try_init(),
     };
     started.map_err(|e| Failure::Internal(anyhow!("cannot start logging: {e}")))
+}
+
+/// The file belongs to whom the process becomes, so that a later start under
+/// that user finds it writable.
+fn log_file(file: &LogFile, user: Option<(u32, u32)>) -> Result<Rotating, Failure> {
+    let open = || -> io::Result<Rotating> {
+        let log = Rotating::open(file)?;
+        if let Some((uid, gid)) = user
+            && geteuid().is_root()
+        {
+            chown(&file.path, Some(uid), Some(gid))?;
+        }
+        Ok(log)
+    };
+    open().map_err(|e| {
+        Failure::Config(anyhow!(
+            "cannot write the log to {}: {e}; correct log.file, or make its directory",
+            file.path.display()
+        ))
+    })
 }
 
 /// Every client is a socket, a TUN and a share of the rest.
@@ -188,6 +216,9 @@ fn lock_in(path: &Path, config: &Config) -> Result<(), Failure> {
         }
     }
     let mut write = vec![config.state_dir.clone()];
+    if let LogTo::File(file) = &config.log.to {
+        write.extend(file.path.parent().map(Path::to_owned));
+    }
     if let AdminAddress::Unix(socket) = &config.admin {
         write.extend(socket.parent().map(Path::to_owned));
     }

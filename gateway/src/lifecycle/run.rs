@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use rvpn_proto::name::Name;
 use sd_notify::NotifyState;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Builder;
@@ -32,7 +31,6 @@ use crate::http::Front;
 use crate::meter::flush::{Flusher, UsageStore, now_ms};
 use crate::meter::{Meter, Orphan};
 use crate::pump::budget::PROCESS;
-use crate::serve::table::{Ending, What};
 use crate::session::{Sessions, Settings, Shared};
 use crate::store::{Sqlite, Store};
 use crate::ticket::TicketKey;
@@ -93,7 +91,10 @@ async fn serve(
         tls,
         Arc::new(sessions.clone()),
     );
-    let wish = wish_of(&front);
+    let wish = {
+        let front = Arc::clone(&front);
+        move || Wish::of(&front)
+    };
     // Before anybody comes who would see another certificate.
     front.acme.prepare(&wish());
     front.listeners.forbid(translated);
@@ -163,31 +164,6 @@ async fn serve(
     tasks.shutdown().await;
     info!("done");
     Ok(())
-}
-
-/// What is to have a certificate, asked again and again.
-fn wish_of(front: &Arc<Front>) -> impl Fn() -> Wish + Send + use<> {
-    let front = Arc::clone(front);
-    move || Wish {
-        settings: front.config().acme.clone(),
-        served: served_here(&front),
-    }
-}
-
-/// Names of live clients whose TLS ends here. Nobody gets a certificate for a
-/// name that only might be served.
-fn served_here(front: &Front) -> Vec<Name> {
-    if !front.config().acme.as_ref().is_some_and(|a| a.served) {
-        return Vec::new();
-    }
-    let snapshot = front.table.snapshot();
-    let live = snapshot.names.into_iter().filter(|n| !n.servers.is_empty());
-    live.filter_map(|view| match view.what {
-        What::Name(pattern) if !pattern.is_wildcard() => Some(pattern.name().clone()),
-        What::Name(_) | What::Port(_) => None,
-    })
-    .filter(|name| front.table.ending(name) == Some(Ending::Here))
-    .collect()
 }
 
 /// Lets whoever has just come hear an answer. Those who say nothing do not hold

@@ -1,5 +1,6 @@
 //! How visitors' tasks wake the tunnel they are in.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Waker};
 
@@ -10,6 +11,8 @@ pub(super) type Number = u64;
 #[derive(Debug, Default)]
 pub(super) struct Bell {
     inner: Mutex<Inner>,
+    /// Bytes that wait for all visitors together.
+    waiting: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -19,6 +22,21 @@ struct Inner {
 }
 
 impl Bell {
+    /// Bytes that wait for all visitors together.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// So many more wait.
+    pub(super) fn fill(&self, bytes: usize) {
+        self.waiting.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many wait no longer.
+    pub(super) fn drain(&self, bytes: usize) {
+        self.waiting.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
     /// Asks for attention. A visitor rings once until it has been looked at.
     pub(super) fn ring(&self, number: Number) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

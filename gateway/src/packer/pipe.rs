@@ -104,18 +104,22 @@ impl Pipe {
     }
 
     /// Takes bytes of the client. False if there is no room; then nothing was
-    /// taken, and the bell rings when there is.
-    pub(super) fn fill(&self, bytes: &[u8]) -> bool {
+    /// taken, and the bell rings when there is. Of a client that was told to
+    /// pause more is taken, as long as all its visitors together have no more
+    /// than `most`.
+    pub(super) fn fill(&self, bytes: &[u8], most: usize) -> bool {
         let mut inner = self.lock();
         if inner.dropped || inner.over.is_some() {
             // Nobody to give it to.
             return true;
         }
-        if bytes.len() > inner.gauge.room() {
+        let late = inner.gauge.is_paused() && self.bell.waiting() + bytes.len() <= most;
+        if bytes.len() > inner.gauge.room() && !late {
             inner.holding = true;
             return false;
         }
         inner.push(bytes);
+        self.bell.fill(bytes.len());
         if let Some(reader) = inner.reader.take() {
             reader.wake();
         }
@@ -156,8 +160,7 @@ impl Pipe {
     pub(super) fn cut(&self) {
         {
             let mut inner = self.lock();
-            inner.chunks = VecDeque::new();
-            inner.taken = 0;
+            self.bell.drain(inner.forget());
         }
         self.end(Ended::Broken);
     }
@@ -209,6 +212,15 @@ impl Inner {
         }
     }
 
+    /// Forgets what waits; how much that was.
+    fn forget(&mut self) -> usize {
+        self.chunks = VecDeque::new();
+        self.taken = 0;
+        let waiting = self.gauge.waiting();
+        self.gauge.drain(waiting);
+        waiting
+    }
+
     /// Gives what waits; how much that was.
     fn pull(&mut self, buf: &mut ReadBuf<'_>) -> usize {
         let before = buf.remaining();
@@ -247,6 +259,7 @@ impl AsyncRead for End {
         let taken = inner.pull(buf);
         if taken > 0 {
             inner.gauge.drain(taken);
+            self.pipe.bell.drain(taken);
             let step = inner.holding && inner.gauge.room() >= STEP;
             if inner.gauge.wants_more() || step {
                 self.pipe.ring(&mut inner);
@@ -315,7 +328,7 @@ impl Drop for End {
     fn drop(&mut self) {
         let mut inner = self.pipe.lock();
         inner.dropped = true;
-        inner.chunks = VecDeque::new();
+        self.pipe.bell.drain(inner.forget());
         self.pipe.ring(&mut inner);
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rvpn_proto::packer::{
-    Bodies, Command, Failure, Fault, Frame, Head, Heard, NO_STREAM, Profile, Turn, Word, code,
-    failed, hello, succeeded,
+    Bodies, CAPACITY, Command, Failure, Fault, Frame, Head, Heard, NO_STREAM, ON_ITS_WAY, Profile,
+    Turn, Word, code, failed, hello, succeeded,
 };
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -266,9 +266,14 @@ impl State {
         }
     }
 
+    /// Whether there is no room for another visitor.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.visitors.len() >= MOST_VISITORS
+    }
+
     /// Lets a visitor in.
     pub(super) fn open(&mut self, visit: Visit, now: Instant) -> Result<End, OpenError> {
-        if self.visitors.len() >= MOST_VISITORS {
+        if self.is_crowded() {
             return Err(OpenError::Full);
         }
         self.last += 1;
@@ -333,11 +338,19 @@ impl State {
         let Some(visitor) = self.visitors.get(&number) else {
             return Ok(None);
         };
-        if !visitor.pipe.fill(bytes) {
+        if !visitor.pipe.fill(bytes, self.most_waiting()) {
             return Ok(Some(number));
         }
         self.flow(number);
         Ok(None)
+    }
+
+    /// What may wait for all visitors together.
+    fn most_waiting(&self) -> usize {
+        match self.profile.pauses() {
+            true => self.visitors.len() * CAPACITY + ON_ITS_WAY,
+            false => 0,
+        }
     }
 
     /// Whether bytes that waited have found room.
@@ -345,7 +358,7 @@ impl State {
         let Some(visitor) = self.visitors.get(&number) else {
             return true;
         };
-        if !visitor.pipe.has_room(bytes.len()) || !visitor.pipe.fill(bytes) {
+        if !visitor.pipe.has_room(bytes.len()) || !visitor.pipe.fill(bytes, self.most_waiting()) {
             return false;
         }
         self.flow(number);
@@ -711,12 +724,20 @@ impl State {
         }
     }
 
+    /// Puts the next frame that is no visitor's bytes into `buffer`, if there is one.
+    pub(super) fn last_word(&mut self, buffer: &mut Vec<u8>) -> bool {
+        buffer.clear();
+        let word = self.words.pop_front();
+        word.is_some_and(|word| {
+            buffer.extend_from_slice(&word);
+            true
+        })
+    }
+
     /// Puts the next frame to send into `buffer`, words first. False if there
     /// is none.
     pub(super) fn frame(&mut self, buffer: &mut Vec<u8>, now: Instant) -> bool {
-        buffer.clear();
-        if let Some(word) = self.words.pop_front() {
-            buffer.extend_from_slice(&word);
+        if self.last_word(buffer) {
             return true;
         }
         while let Some(number) = self.ready.pop_front() {

@@ -58,7 +58,7 @@ const PROBED: Duration = Duration::from_secs(2);
 
 /// A tunnel, running.
 pub(super) struct Run {
-    pub(super) socket: Socket,
+    socket: Socket,
     pub(super) state: State,
     decoder: Decoder,
     asks: mpsc::Receiver<Ask>,
@@ -154,6 +154,18 @@ impl Run {
         .await
     }
 
+    /// Gives the connection away, with what is left to say in front of a farewell.
+    pub(super) fn into_socket(mut self) -> Socket {
+        self.state.end();
+        while self.state.last_word(&mut self.buffer) {
+            let word = Bytes::copy_from_slice(&self.buffer);
+            if self.feed(Message::Binary(word)).is_err() {
+                break;
+            }
+        }
+        self.socket
+    }
+
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<Over> {
         let now = Instant::now();
         if let Poll::Ready(Some(order)) = self.orders.poll_recv(cx) {
@@ -166,10 +178,12 @@ impl Run {
         if let Poll::Ready(reason) = self.state.tokens.poll_over(cx) {
             return Poll::Ready(Over::Close(1008, reason));
         }
+        let more = self.visitors(cx, now);
         let more = self
-            .verdicts(cx)
-            .map(|()| self.visitors(cx, now))
-            .and_then(|more| Ok(self.receive(cx, now)? | more))
+            .receive(cx, now)
+            .map(|again| again | more)
+            // Behind what asks for them, so that none is left unwatched.
+            .and_then(|more| self.verdicts(cx).map(|()| more))
             .and_then(|more| Ok(self.send(cx, now)? | more));
         match more {
             Err(over) => return Poll::Ready(over),
@@ -210,10 +224,15 @@ impl Run {
 
     /// Visitors who come, and those who want something.
     fn visitors(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
+        self.look_after(cx, now);
         let mut more = true;
         for _ in 0..TURN_ASKS {
             match self.asks.poll_recv(cx) {
                 Poll::Ready(Some(Ask::Open(visit, answer))) => {
+                    if self.state.is_crowded() {
+                        // Some may have gone just now.
+                        self.look_after(cx, now);
+                    }
                     // Whoever asked may have gone; then its end is dropped and rings.
                     drop(answer.send(self.state.open(visit, now)));
                 }
@@ -231,11 +250,15 @@ impl Run {
                 }
             }
         }
+        more
+    }
+
+    /// Visitors who rang.
+    fn look_after(&mut self, cx: &Context<'_>, now: Instant) {
         self.state.bell.answer(&mut self.rung, cx);
-        while let Some(number) = self.rung.pop() {
+        for number in self.rung.drain(..) {
             self.state.look(number, now);
         }
-        more
     }
 
     /// Client to visitors.
@@ -395,5 +418,28 @@ fn lost(broken: &Broken) -> Over {
         Broken::Lost => Over::Lost("the connection ended"),
         Broken::Protocol => Over::Close(1002, "WebSocket protocol error"),
         Broken::TooBig => Over::Close(1009, "message too big"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r_24_silence_is_asked_about_sooner_when_something_is_owed() {
+        let start = Instant::now();
+        let mut clock = Clock {
+            heard: start,
+            owing: None,
+            due: None,
+            taken: 0,
+        };
+        assert_eq!(clock.next(), start + SILENCE);
+        clock.owing = Some(start + OWING);
+        assert_eq!(clock.next(), start + 2 * OWING);
+        clock.due = Some(start + ANSWER);
+        assert_eq!(clock.next(), start + ANSWER);
+        clock.heard(start + ANSWER);
+        assert_eq!(clock.next(), start + ANSWER + SILENCE);
     }
 }

@@ -3,6 +3,7 @@
 
 import { begin as beginDemo } from "./demo.js";
 import { echoRequest, parseAddress, readAnswer, showAddress } from "./packet.js";
+import { begin as beginServe } from "./serve.js";
 import { Tunnel } from "./tunnel.js";
 
 /** Bytes in an echo beside its header, as ping sends them. */
@@ -236,4 +237,5 @@ the("stop").addEventListener("click", () => run?.end());
 window.addEventListener("pagehide", () => tunnel.end());
 window.addEventListener("online", () => tunnel.hurry());
 
+beginServe(the, () => token || the("token").value.trim());
 if (the("demo")) beginDemo(the, () => token || the("token").value.trim());

@@ -33,7 +33,9 @@ use self::head::Told;
 use self::upstream::Upstream;
 use self::watched::{Pulse, Watched};
 use super::table::{Chosen, Wanted};
+use super::visit::watch_over;
 use super::{Service, Visit};
+use crate::acme::CHALLENGE_PATH;
 use crate::admit::Io;
 use crate::config::serve::Http;
 use crate::http::{Front, Visitor};
@@ -45,8 +47,6 @@ const MAX_HEADERS: usize = 100;
 /// How long a request or an answer may stand still, whatever is allowed to
 /// connections that are not read.
 const STILL: Duration = Duration::from_secs(600);
-/// Where issuers of certificates look.
-const CHALLENGE: &str = "/.well-known/acme-challenge/";
 
 /// A body of ours or of a client.
 type Body = UnsyncBoxBody<Bytes, hyper::Error>;
@@ -56,12 +56,11 @@ type Answer = Response<Body>;
 struct Connection {
     front: Arc<Front>,
     visitor: Visitor,
-    /// Whom TLS was made with.
-    sni: Option<Name>,
     tls: bool,
-    port: u16,
     /// The client that was chosen before the first request was read.
     first: Mutex<Option<Chosen>>,
+    /// Its place among the strangers, until it is counted among a client's visitors.
+    pass: Mutex<Option<PendingPass>>,
     /// The stream that was used last.
     upstream: Mutex<Option<Upstream>>,
     pulse: Pulse,
@@ -75,13 +74,11 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let first = front.table.seek(&wanted, visitor.peer, &[]).await;
     let config = front.config();
     let core = first.as_ref().map(|c| c.server.carrier.core());
-    let sni = io.server_name().map(str::to_owned);
     let connection = Arc::new(Connection {
         visitor,
-        sni: sni.and_then(|text| text.parse().ok()),
         tls: io.is_tls(),
-        port: io.local_port().unwrap_or_default(),
         first: Mutex::new(first),
+        pass: Mutex::new(Some(pass)),
         upstream: Mutex::default(),
         pulse: Pulse::default(),
         idle: config.serve.idle,
@@ -90,15 +87,10 @@ pub async fn serve(front: Arc<Front>, io: Io, visitor: Visitor, pass: PendingPas
     let head_time = config.limits.login_time;
     match core {
         Some(core) => {
-            // From here on it counts among the account's visitors.
-            drop(pass);
             let task = async move { run(connection, io, head_time, true).await };
             front.sessions.run(core, Box::pin(task));
         }
-        None => {
-            run(connection, io, head_time, false).await;
-            drop(pass);
-        }
+        None => run(connection, io, head_time, false).await,
     }
 }
 
@@ -106,6 +98,7 @@ async fn run(connection: Arc<Connection>, mut io: Io, head_time: Duration, moved
     if moved && let Err(error) = io.rehome() {
         return debug!(%error, "cannot move a visitor to its server's core");
     }
+    watch_over(&io);
     let still = connection.idle.min(STILL);
     let pulse = connection.pulse.clone();
     let service = service_fn(|request| {
@@ -137,6 +130,8 @@ async fn run(connection: Arc<Connection>, mut io: Io, head_time: Duration, moved
 async fn respond(connection: &Connection, request: Request<Incoming>) -> Answer {
     match answer(connection, request).await {
         Ok(answer) => answer,
+        // Whoever is counted nowhere any more does not stay for pages.
+        Err(page) if lock(&connection.pass).is_none() => pages::close(page),
         Err(page) => page,
     }
 }
@@ -145,7 +140,12 @@ async fn answer(connection: &Connection, request: Request<Incoming>) -> Result<A
     let (mut parts, body) = request.into_parts();
     let wrong = || pages::closing(StatusCode::BAD_REQUEST);
     let (name, host) = head::host(&parts).ok_or_else(wrong)?;
-    if connection.sni.as_ref().is_some_and(|sni| *sni != name) {
+    if connection
+        .visitor
+        .asked
+        .as_ref()
+        .is_some_and(|asked| *asked != name)
+    {
         return Err(pages::closing(StatusCode::MISDIRECTED_REQUEST));
     }
     let config = connection.front.config();
@@ -158,7 +158,14 @@ async fn answer(connection: &Connection, request: Request<Incoming>) -> Result<A
     }
     let told = told(connection, &parts, &host);
     let path = parts.uri.path();
-    let challenge = path.starts_with(CHALLENGE);
+    let challenge = path.starts_with(CHALLENGE_PATH);
+    if challenge
+        && parts.method == Method::GET
+        && let Some(text) = connection.front.acme.answer(&name, path)
+    {
+        // Ours to answer: TLS for this name ends here.
+        return Ok(pages::plain(text));
+    }
     if !told.secure && !challenge {
         match config.serve.policy(&name).http {
             Http::Forward => {}
@@ -170,10 +177,10 @@ async fn answer(connection: &Connection, request: Request<Incoming>) -> Result<A
     if upgrade.is_some() && parts.version != Version::HTTP_11 {
         return Err(wrong());
     }
-    head::forward(&mut parts, &told, upgrade.as_ref());
+    head::forward(&mut parts, &told, upgrade);
     let visit = Visit {
         peer: told.peer,
-        port: connection.port,
+        port: connection.visitor.port,
         name: Some(name),
         service: Service::Http,
     };
@@ -196,6 +203,11 @@ fn told(connection: &Connection, parts: &hyper::http::request::Parts, host: &str
 impl Connection {
     fn take_first(&self) -> Option<Chosen> {
         lock(&self.first).take()
+    }
+
+    /// From here on it counts among a client's visitors.
+    fn settle(&self) {
+        lock(&self.pass).take();
     }
 
     fn take_upstream(&self) -> Option<Upstream> {

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 use tracing::debug;
@@ -20,6 +21,10 @@ use crate::limits::PendingPass;
 const OPENING: Duration = Duration::from_secs(10);
 /// After which it is asked whether it is there at all.
 const DOUBT: Duration = Duration::from_secs(1);
+/// When the kernel asks a silent visitor whether it is there, and then how
+/// often, in seconds.
+const KEEPALIVE: u32 = 60;
+const KEEPALIVE_STEP: u32 = 15;
 /// Clients that are tried for one visitor.
 const TRIES: usize = 4;
 
@@ -132,11 +137,27 @@ pub async fn pass(front: Arc<Front>, io: Io, visit: Visit, pass: PendingPass) {
         .run(core, Box::pin(carry(io, reached, visit, idle)));
 }
 
+/// Finds out about visitors who have gone without a word: nothing may pass for
+/// a long time on connections that are none.
+pub(super) fn watch_over(io: &Io) {
+    let set = || -> std::io::Result<()> {
+        let socket = io.socket()?;
+        setsockopt(&socket, sockopt::TcpKeepIdle, &KEEPALIVE)?;
+        setsockopt(&socket, sockopt::TcpKeepInterval, &KEEPALIVE_STEP)?;
+        setsockopt(&socket, sockopt::KeepAlive, &true)?;
+        Ok(())
+    };
+    if let Err(error) = set() {
+        debug!(%error, "cannot watch over a visitor's connection");
+    }
+}
+
 async fn carry(mut io: Io, reached: Reached, visit: Visit, idle: Duration) {
     let Reached { chosen, mut stream } = reached;
     if let Err(error) = io.rehome() {
         return debug!(%error, "cannot move a visitor to its server's core");
     }
+    watch_over(&io);
     if chosen.proxy
         && let Err(error) = stream
             .write_all(&proxy_header(visit.peer, visit.port))

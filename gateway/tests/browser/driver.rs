@@ -73,7 +73,7 @@ impl<'a> Browser<'a> {
         let profile = format!("--user-data-dir={}", home.join("profile").display());
         // Its own errands look up names that nobody here answers for.
         let names = format!(
-            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {GW4}, EXCLUDE {GW6}, EXCLUDE [{GW6}]"
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE {GW4}, EXCLUDE {GW6}, EXCLUDE [{GW6}]"
         );
         let options = json!({
             "args": [
@@ -121,6 +121,12 @@ impl<'a> Browser<'a> {
         self.own("POST", &format!("/element/{element}/clear"), &json!({}));
         let path = format!("/element/{element}/value");
         self.own("POST", &path, &json!({"text": text}));
+    }
+
+    /// Chooses files in a field for them, their paths one a line.
+    pub(crate) fn choose(&self, id: &str, paths: &str) {
+        let path = format!("/element/{}/value", self.element(id));
+        self.own("POST", &path, &json!({"text": paths}));
     }
 
     /// What is to be read there.

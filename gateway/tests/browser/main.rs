@@ -6,7 +6,9 @@
 )]
 
 mod driver;
+mod office;
 mod parts;
+mod serve;
 
 use std::fs;
 

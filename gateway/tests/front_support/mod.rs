@@ -9,6 +9,7 @@ pub(crate) mod client;
 pub(crate) mod echo;
 pub(crate) mod served;
 pub(crate) mod tokens;
+pub(crate) mod trust;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;

@@ -106,6 +106,19 @@ where
     join(table, account, rights, talk)
 }
 
+/// May serve this name; whether it does is the caller's matter.
+pub(crate) fn name_of<F, R>(table: &Arc<Table>, name: &str, talk: F) -> (Device, Place)
+where
+    F: Fn(Visit, DuplexStream) -> R + Send + Sync + 'static,
+    R: Future<Output = ()> + Send + 'static,
+{
+    let rights = Rights {
+        names: vec![Pattern::parse(name).unwrap()],
+        ..Rights::default()
+    };
+    join(table, name, rights, talk)
+}
+
 fn join<F, R>(table: &Arc<Table>, account: &str, rights: Rights, talk: F) -> (Device, Place)
 where
     F: Fn(Visit, DuplexStream) -> R + Send + Sync + 'static,

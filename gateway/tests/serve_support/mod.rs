@@ -143,3 +143,5 @@ pub(crate) fn pattern(text: &str) -> Pattern {
 pub(crate) fn name(text: &str) -> Name {
     text.parse().unwrap()
 }
+
+pub(crate) mod backend;

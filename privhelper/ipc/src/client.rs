@@ -1,7 +1,6 @@
 //! A blocking client half, for tests and tools.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -13,11 +12,15 @@ use crate::frame::{
 use crate::{EXCHANGE_TIMEOUT, seqpacket};
 
 /// Why a request got no lease.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The socket failed or timed out.
-    Io(io::Error),
+    #[error("helper socket: {0}")]
+    Io(#[from] io::Error),
     /// Whoever listens is not the user the helper runs as.
+    #[error(
+        "uid {found}, not the helper's uid {expected}, serves the helper's socket: another program is in its place"
+    )]
     WrongPeer {
         /// The uid found.
         found: u32,
@@ -25,43 +28,20 @@ pub enum ClientError {
         expected: u32,
     },
     /// The answer is not a frame.
-    Frame(FrameError),
+    #[error("the helper's answer: {0}")]
+    Frame(#[from] FrameError),
     /// The helper said no.
+    #[error("the helper refused: {}", .0.status)]
     Refused(Reply),
     /// The helper closed the connection.
+    #[error("the helper closed the connection")]
     Closed,
     /// The answer does not fit the request.
+    #[error("the helper's answer does not fit: {0}")]
     Mismatch(&'static str),
 }
 
-impl fmt::Display for ClientError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ClientError::Io(e) => write!(f, "helper socket: {e}"),
-            ClientError::WrongPeer { found, expected } => {
-                let who = format!("uid {found}, not by the helper's uid {expected}");
-                write!(
-                    f,
-                    "the helper socket is served by {who}: another program is in its place"
-                )
-            }
-            ClientError::Frame(e) => write!(f, "the helper's answer: {e}"),
-            ClientError::Refused(r) => write!(f, "the helper refused: {}", r.status),
-            ClientError::Closed => f.write_str("the helper closed the connection"),
-            ClientError::Mismatch(what) => write!(f, "the helper's answer does not fit: {what}"),
-        }
-    }
-}
-
-impl std::error::Error for ClientError {}
-
 type Result<T> = std::result::Result<T, ClientError>;
-
-impl From<io::Error> for ClientError {
-    fn from(e: io::Error) -> Self {
-        ClientError::Io(e)
-    }
-}
 
 /// A slot of the pool in our hands.
 #[derive(Debug)]
@@ -93,15 +73,14 @@ impl Client {
         let socket = seqpacket::connect(path)?;
         seqpacket::set_timeout(socket.as_fd(), EXCHANGE_TIMEOUT)?;
         let found = seqpacket::peer_cred(socket.as_fd())?.uid;
-        let expected = helper_uid;
-        if found != expected {
+        if found != helper_uid {
+            let expected = helper_uid;
             return Err(ClientError::WrongPeer { found, expected });
         }
-        let (seq, notices) = (0, VecDeque::new());
         let mut client = Client {
             socket,
-            seq,
-            notices,
+            seq: 0,
+            notices: VecDeque::new(),
         };
         let mut hello = Request::new(Op::Hello, 0);
         hello.flags = if successor { FLAG_SUCCESSOR } else { 0 };
@@ -178,8 +157,7 @@ impl Client {
             let what = "more bytes or descriptors than one answer has";
             return Err(ClientError::Mismatch(what));
         }
-        let reply = Reply::decode(&buf[..got.len]).map_err(ClientError::Frame)?;
-        Ok((reply, got.fd))
+        Ok((Reply::decode(&buf[..got.len])?, got.fd))
     }
 
     /// Sends a request under the next number and waits for its answer.

@@ -84,9 +84,11 @@ fields! {
         |kind: Option<Kind>| [kind.map_or(0, |kind| kind as u8)];
 }
 
-/// Fields that are a number and a word for it. Not every number is one.
+/// Fields that are a number, and a word and a text for it. Not every number is one.
 macro_rules! numbers {
-    ($(#[$about:meta])* $name:ident: $int:ty { $($(#[$doc:meta])* $word:ident = $number:literal,)* }) => {
+    ($(#[$about:meta])* $name:ident: $int:ty {
+        $($(#[$doc:meta])* $word:ident = $number:literal $text:literal,)*
+    }) => {
         $(#[$about])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr($int)]
@@ -101,6 +103,12 @@ macro_rules! numbers {
                 }
             }
         }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $($name::$word => $text,)* })
+            }
+        }
     };
 }
 
@@ -108,17 +116,17 @@ numbers! {
     /// What a request asks for.
     Op: u8 {
         /// First on every connection; a gateway taking over from another sets [`FLAG_SUCCESSOR`].
-        Hello = 1,
+        Hello = 1 "hello",
         /// The pool's figures and constants.
-        Describe = 2,
+        Describe = 2 "describe",
         /// A slot for this key: the lingering one it had, else a free one. Carries the TUN.
-        Acquire = 3,
+        Acquire = 3 "acquire",
         /// "I still hold this lease": after the helper restarted or the gateway changed. Carries no TUN.
-        Confirm = 4,
+        Confirm = 4 "confirm",
         /// The session is lost but may come back: keep the slot for its key for the linger time.
-        Linger = 5,
+        Linger = 5 "linger",
         /// The session is over: clean the slot.
-        Release = 6,
+        Release = 6 "release",
     }
 }
 
@@ -136,11 +144,11 @@ numbers! {
     /// What travels over the lease.
     Kind: u8 {
         /// IP packets through the slot's TUN.
-        Packets = 1,
+        Packets = 1 "packets",
         /// Streams dialled from the slot's stream address.
-        Streams = 2,
+        Streams = 2 "streams",
         /// Both.
-        Both = 3,
+        Both = 3 "packets and streams",
     }
 }
 
@@ -160,90 +168,53 @@ numbers! {
     /// How a request ended, or why a notice was sent.
     Status: u16 {
         /// Done.
-        Ok = 0,
-        /// No slot is free; [`Reply::retry_after_ms`] says when to ask again.
-        NoCapacity = 1,
+        Ok = 0 "done",
+        /// [`Reply::retry_after_ms`] says when to ask again.
+        NoCapacity = 1 "no slot of the pool is free",
         /// Slot, generation and key do not name a lease of this gateway.
-        UnknownLease = 2,
+        UnknownLease = 2 "no such lease",
         /// The class is not in the helper's configuration.
-        UnknownClass = 3,
-        /// The key's former holder still has the device; ask again.
-        Busy = 4,
+        UnknownClass = 3 "the helper's configuration has no such policy class",
+        /// Ask again.
+        Busy = 4 "the former holder still has the device",
         /// A second gateway without [`FLAG_SUCCESSOR`], or a third.
-        TwoGateways = 5,
+        TwoGateways = 5 "another gateway is connected",
         /// `Hello` has not been said, or was said twice.
-        OutOfOrder = 6,
-        /// The kernel refused; the helper's log says what.
-        Failed = 7,
+        OutOfOrder = 6 "the request is not allowed at this point",
+        /// The kernel refused.
+        Failed = 7 "the kernel refused; see the helper's log",
         /// Notice: the lease's device vanished or was changed by someone else.
-        DeviceLost = 8,
+        DeviceLost = 8 "the device of the lease is gone",
         /// Notice: another session acquired the lease's key.
-        TakenOver = 9,
-        /// Notice: forwarding is closed because the rules were removed; it reopens by itself.
-        RulesLost = 10,
-        /// Notice: the rules are back.
-        RulesRestored = 11,
-        /// Notice: the helper is shutting down.
-        Closing = 12,
-    }
-}
-
-/// What each status means, by its number.
-const MEANINGS: [&str; 13] = [
-    "done",
-    "no slot of the pool is free",
-    "no such lease",
-    "the helper's configuration has no such policy class",
-    "the former holder still has the device",
-    "another gateway is connected",
-    "the request is not allowed at this point",
-    "the kernel refused; see the helper's log",
-    "the device of the lease is gone",
-    "another session took over the lease",
-    "the packet rules were removed, forwarding is closed",
-    "the packet rules are back",
-    "the helper is shutting down",
-];
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(MEANINGS[*self as usize])
+        TakenOver = 9 "another session took over the lease",
+        /// Notice; it reopens by itself.
+        RulesLost = 10 "the packet rules were removed, forwarding is closed",
+        /// Notice.
+        RulesRestored = 11 "the packet rules are back",
+        /// Notice.
+        Closing = 12 "the helper is shutting down",
     }
 }
 
 /// Why bytes are not a frame. The connection that sent them is closed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// Not exactly the fixed length.
+    #[error("a frame of {0} bytes")]
     Length(usize),
     /// Not ours at all.
+    #[error("magic {0:#06x} is not {MAGIC:#06x}")]
     Magic(u16),
     /// Another release's protocol.
+    #[error("protocol version {0}, not {VERSION}; install gateway and helper of one release")]
     Version(u8),
     /// No such operation.
+    #[error("unknown operation {0}")]
     Op(u8),
     /// A field holds what its operation does not allow.
+    #[error("field {0} holds a value its operation does not allow")]
     Field(&'static str),
 }
-
-impl fmt::Display for FrameError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            FrameError::Length(n) => write!(f, "a frame of {n} bytes"),
-            FrameError::Magic(m) => write!(f, "magic {m:#06x} is not {MAGIC:#06x}"),
-            FrameError::Version(v) => write!(
-                f,
-                "protocol version {v}, this end speaks {VERSION}; install gateway and helper of one release"
-            ),
-            FrameError::Op(op) => write!(f, "unknown operation {op}"),
-            FrameError::Field(name) => {
-                write!(f, "field {name} holds a value its operation does not allow")
-            }
-        }
-    }
-}
-
-impl std::error::Error for FrameError {}
 
 /// A frame by its fields: after magic and version, in this order and no others.
 macro_rules! frame {

@@ -22,9 +22,9 @@ fn an_empty_file_is_the_documented_default() {
         (64, 4096, 16384, 32767)
     );
     assert_eq!(c.pool6, parse("", &env()).unwrap().pool6);
-    assert_eq!(c.pool6.octets()[0], 0xfd);
-    assert_eq!(c.stream6, c.pool6.at(0xffff << 64, 112));
-    assert_eq!(c.stream6.octets()[..6], c.pool6.octets()[..6]);
+    assert_eq!(c.pool6.addr().octets()[0], 0xfd);
+    assert_eq!(c.stream6, last_subnet(c.pool6, 112));
+    assert_eq!(c.stream6.addr().octets()[..6], c.pool6.addr().octets()[..6]);
 }
 
 #[test]

@@ -6,11 +6,10 @@
 pub(crate) mod netlink;
 
 pub(crate) mod conntrack;
-pub(crate) mod host;
 pub(crate) mod link;
 pub(crate) mod nft;
+pub(crate) mod raw;
 pub(crate) mod ruleset;
-mod sockopt;
 pub(crate) mod sysctl;
 pub(crate) mod tun;
 

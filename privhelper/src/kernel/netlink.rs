@@ -25,19 +25,10 @@ pub(crate) trait Payload {
     fn bytes(self) -> Vec<u8>;
 }
 
-/// Attributes inside one.
-pub(crate) struct Nest(pub(crate) Vec<u8>);
-
-impl Payload for Nest {
-    const FLAGS: u16 = 0x8000;
-    fn bytes(self) -> Vec<u8> {
-        self.0
-    }
-}
-
 macro_rules! payloads {
-    ($($kind:ty: $bytes:expr;)*) => { $(
+    ($($kind:ty: $flags:literal, $bytes:expr;)*) => { $(
         impl Payload for $kind {
+            const FLAGS: u16 = $flags;
             fn bytes(self) -> Vec<u8> {
                 ($bytes)(self)
             }
@@ -46,12 +37,14 @@ macro_rules! payloads {
 }
 
 payloads! {
+    // Attributes inside this one.
+    Vec<u8>: 0x8000, |attributes| attributes;
     // Big-endian, as nfnetlink has numbers; rtnetlink's are given as native bytes.
-    u32: |n: u32| n.to_be_bytes().to_vec();
+    u32: 0, |n: u32| n.to_be_bytes().to_vec();
     // With its terminating zero.
-    &str: |s: &str| [s.as_bytes(), &[0]].concat();
-    &[u8]: <[u8]>::to_vec;
-    [u8; 4]: |b: [u8; 4]| b.to_vec();
+    &str: 0, |s: &str| [s.as_bytes(), &[0]].concat();
+    &[u8]: 0, <[u8]>::to_vec;
+    [u8; 4]: 0, |b: [u8; 4]| b.to_vec();
 }
 
 /// One attribute.
@@ -64,17 +57,12 @@ pub(crate) fn attr<P: Payload>(kind: u16, payload: P) -> Vec<u8> {
     b
 }
 
-/// Attributes side by side: `attrs![KIND => PAYLOAD, ...]`.
+/// Attributes side by side, themselves the payload of one: `attrs![KIND => PAYLOAD, ...]`.
 macro_rules! attrs {
     ($($kind:expr => $payload:expr),*) => {{
         let all: &[Vec<u8>] = &[$($crate::kernel::netlink::attr($kind, $payload)),*];
         all.concat()
     }};
-}
-
-/// Attributes as the payload of one.
-macro_rules! nest {
-    ($($all:tt)*) => { $crate::kernel::netlink::Nest(attrs![$($all)*]) };
 }
 
 /// One message; its sequence number is filled in when it is sent.
@@ -101,11 +89,12 @@ pub(crate) struct Message<'a> {
 }
 
 impl Message<'_> {
-    /// What an error or an acknowledgement says.
+    /// What an error, an acknowledgement or the end of a dump says.
     fn result(&self) -> Option<io::Result<()>> {
+        let last = [libc::NLMSG_ERROR, libc::NLMSG_DONE].contains(&i32::from(self.kind));
         let code = u32_at(self.body, 0).unwrap_or(0).cast_signed();
         let error = (code != 0).then(|| io::Error::from_raw_os_error(-code));
-        (self.kind == libc::NLMSG_ERROR as u16).then(|| error.map_or(Ok(()), Err))
+        last.then(|| error.map_or(Ok(()), Err))
     }
 }
 
@@ -181,25 +170,24 @@ impl Socket {
         let _ = setsockopt(&fd, sockopt::SndBufForce, &(16 << 20));
         let _ = setsockopt(&fd, sockopt::RcvBufForce, &(4 << 20));
         // Dumps are filtered by the kernel, not by us: the address dump by interface among them.
-        super::sockopt::set_strict(&fd)?;
+        super::raw::set_strict(&fd)?;
         let port = getsockname::<NetlinkAddr>(fd.as_raw_fd())?.pid();
         let (seq, buf) = (0, vec![0; RECEIVE]);
         Ok(Socket { fd, port, seq, buf })
     }
 
-    /// Numbers the messages and sends them; returns the last number before `end`.
-    fn send(&mut self, mut batch: Vec<u8>, end: usize) -> io::Result<u32> {
+    /// Numbers the messages and sends them; returns the first number.
+    fn send(&mut self, mut batch: Vec<u8>) -> io::Result<u32> {
         #[cfg(feature = "fault-hooks")]
         crate::fault::refuse("send")?;
-        let (mut at, mut last) = (0, 0);
+        let (first, mut at) = (self.seq.wrapping_add(1), 0);
         while let Some(len) = u32_at(&batch, at) {
             self.seq = self.seq.wrapping_add(1);
             batch[at + 8..at + 12].copy_from_slice(&self.seq.to_ne_bytes());
-            last = if at < end { self.seq } else { last };
             at += (len as usize).next_multiple_of(4).max(HEADER);
         }
         send(self.fd.as_raw_fd(), &batch, MsgFlags::empty())?;
-        Ok(last)
+        Ok(first)
     }
 
     /// One datagram from the kernel; whatever another process sends is dropped.
@@ -227,76 +215,63 @@ impl Socket {
         }
     }
 
-    /// Sends messages of which the last alone asks for an acknowledgement, and
-    /// waits for that. A message that fails reports itself without being asked.
-    pub(crate) fn run(&mut self, batch: Vec<u8>) -> io::Result<()> {
-        self.transact(batch, &[])
-    }
-
-    /// The same, with what is sent after them and never acknowledged.
-    pub(crate) fn transact(&mut self, mut batch: Vec<u8>, after: &[u8]) -> io::Result<()> {
-        let end = batch.len();
-        let sizes = messages(&batch).map(|m| (HEADER + m.body.len()).next_multiple_of(4));
-        let Some(size) = sizes.last() else {
-            return Ok(());
+    /// Sends messages, waits until the last is acknowledged, and hands out every
+    /// answer. A message that fails reports itself without being asked. `after` is sent
+    /// behind them and never acknowledged. False when tables changed during a dump of them.
+    fn exchange(
+        &mut self,
+        mut batch: Vec<u8>,
+        after: &[u8],
+        mut each: impl FnMut(&[u8]),
+    ) -> io::Result<bool> {
+        let mut sizes: Vec<usize> = messages(&batch).map(|m| HEADER + m.body.len()).collect();
+        let Some(size) = sizes.pop() else {
+            return Ok(true);
         };
-        batch[end - size + 6] |= libc::NLM_F_ACK as u8;
+        let flags = batch.len() - size.next_multiple_of(4) + 6;
+        batch[flags] |= libc::NLM_F_ACK as u8;
         batch.extend(after);
-        let first = self.seq.wrapping_add(1);
-        let last = self.send(batch, end)?;
-        let mut all = Ok(());
+        let first = self.send(batch)?;
+        let last = first.wrapping_add(sizes.len() as u32);
+        let (mut all, mut whole) = (Ok(()), true);
         loop {
-            for m in messages(self.receive(MsgFlags::empty())?) {
-                let ours = m.seq.wrapping_sub(first) <= last.wrapping_sub(first);
-                let Some(result) = m.result().filter(|_| ours) else {
+            let answers = messages(self.receive(MsgFlags::empty())?);
+            let ours = |m: &Message<'_>| m.seq.wrapping_sub(first) <= last.wrapping_sub(first);
+            for m in answers.filter(ours) {
+                whole &= i32::from(m.flags) & libc::NLM_F_DUMP_INTR == 0;
+                let Some(result) = m.result() else {
+                    each(m.body);
                     continue;
                 };
                 // A refused transaction is reported on its first message alone.
                 let over = m.seq == last || (m.seq == first && result.is_err());
                 all = all.and(result);
                 if over {
-                    return all;
+                    return all.map(|()| whole);
                 }
             }
         }
     }
 
-    /// Sends one request and returns the body of its one answer.
-    pub(crate) fn ask(&mut self, request: Vec<u8>) -> io::Result<Vec<u8>> {
-        let seq = self.send(request, usize::MAX)?;
-        loop {
-            let answer = messages(self.receive(MsgFlags::empty())?).find(|m| m.seq == seq);
-            if let Some(m) = answer {
-                return m.result().unwrap_or(Ok(())).map(|()| m.body.to_vec());
-            }
-        }
+    /// Has the kernel do what the messages say.
+    pub(crate) fn run(&mut self, batch: Vec<u8>) -> io::Result<()> {
+        self.transact(batch, &[])
     }
 
-    /// Asks for a dump, again when the tables changed while it was made, and
-    /// returns what is read from each message's body.
-    pub(crate) fn dump<T>(
+    /// The same, with the message that ends a transaction.
+    pub(crate) fn transact(&mut self, batch: Vec<u8>, end: &[u8]) -> io::Result<()> {
+        self.exchange(batch, end, |_| {}).map(drop)
+    }
+
+    /// Sends one request and returns what is read from the bodies of its answers.
+    pub(crate) fn ask<I: IntoIterator>(
         &mut self,
-        kind: u16,
-        fixed: &[u8],
-        attrs: &[u8],
-        read: impl Fn(&[u8], &mut Vec<T>),
-    ) -> io::Result<Vec<T>> {
+        request: Vec<u8>,
+        read: impl Fn(&[u8]) -> I,
+    ) -> io::Result<Vec<I::Item>> {
         for _ in 0..8 {
             let mut found = Vec::new();
-            let request = message(kind, libc::NLM_F_DUMP, fixed, attrs);
-            let seq = self.send(request, usize::MAX)?;
-            let (mut whole, mut done) = (true, false);
-            while !done {
-                for m in messages(self.receive(MsgFlags::empty())?).filter(|m| m.seq == seq) {
-                    m.result().unwrap_or(Ok(()))?;
-                    whole &= i32::from(m.flags) & libc::NLM_F_DUMP_INTR == 0;
-                    done = m.kind == libc::NLMSG_DONE as u16;
-                    if !done {
-                        read(m.body, &mut found);
-                    }
-                }
-            }
-            if whole {
+            if self.exchange(request.clone(), &[], |body| found.extend(read(body)))? {
                 return Ok(found);
             }
         }
@@ -311,7 +286,7 @@ mod tests {
 
     #[test]
     fn messages_and_attributes_are_read_back() {
-        let parts = attrs![3 => "rv0", 13 => 500_u32.to_ne_bytes(), 26 => nest![8 => &[1_u8][..]]];
+        let parts = attrs![3 => "rv0", 13 => 500_u32.to_ne_bytes(), 26 => attrs![8 => &[1_u8][..]]];
         let mut b = message(16, 0, &[1, 2, 3, 4], &parts);
         b.extend(message(17, 0, &[0; 4], &[]));
         let all: Vec<_> = messages(&b).collect();

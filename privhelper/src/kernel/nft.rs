@@ -18,10 +18,12 @@
 //! interface, a mark or a state is native-endian, as the kernel loads it.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::Kernel;
-use super::netlink::{Nest, message};
-use crate::net::Net;
+use super::netlink::message;
+use crate::plan::octets;
+use ipnet::IpNet;
 
 /// Table of this name, of family inet.
 pub(crate) const NAME: &str = "rvpn";
@@ -110,18 +112,18 @@ const HOOKS: [&str; 5] = ["prerouting", "input", "forward", "output", "postrouti
 /// One expression: its name, then its attributes.
 macro_rules! expr {
     ($name:expr $(, $kind:expr => $payload:expr)*) => {
-        attrs![1 => nest![1 => $name, 2 => nest![$($kind => $payload),*]]]
+        attrs![1 => attrs![1 => $name, 2 => attrs![$($kind => $payload),*]]]
     };
 }
 
-fn verdict(code: i32, chain: &str) -> Nest {
+fn verdict(code: i32, chain: &str) -> Vec<u8> {
     let code = attrs![1 => code.cast_unsigned()];
     let chain = (!chain.is_empty()).then(|| attrs![2 => chain]);
-    Nest([code, chain.unwrap_or_default()].concat())
+    [code, chain.unwrap_or_default()].concat()
 }
 
 fn end(code: i32, chain: &str) -> Vec<u8> {
-    expr!("immediate", 1 => VERDICT_REGISTER, 2 => nest![2 => verdict(code, chain)])
+    expr!("immediate", 1 => VERDICT_REGISTER, 2 => attrs![2 => verdict(code, chain)])
 }
 
 fn object(kind: u32, name: &str) -> Vec<u8> {
@@ -129,12 +131,12 @@ fn object(kind: u32, name: &str) -> Vec<u8> {
 }
 
 fn cmp(op: u32, bytes: &[u8]) -> Vec<u8> {
-    expr!("cmp", 1 => R0, 2 => op, 3 => nest![1 => bytes])
+    expr!("cmp", 1 => R0, 2 => op, 3 => attrs![1 => bytes])
 }
 
 fn and(reg: u32, mask: &[u8]) -> Vec<u8> {
     let (len, zero) = (mask.len() as u32, &vec![0; mask.len()][..]);
-    expr!("bitwise", 1 => reg, 2 => reg, 3 => len, 4 => nest![1 => mask], 5 => nest![1 => zero])
+    expr!("bitwise", 1 => reg, 2 => reg, 3 => len, 4 => attrs![1 => mask], 5 => attrs![1 => zero])
 }
 
 fn number(s: &str) -> Option<u32> {
@@ -175,7 +177,7 @@ fn key(s: &str) -> Option<Vec<u8>> {
         }
         let values = (2..).zip(values).map(|(kind, v)| attrs![kind => *v]);
         let all = [attrs![1 => reg], values.flatten().collect()].concat();
-        loads.extend(attrs![1 => nest![1 => expression, 2 => Nest(all)]]);
+        loads.extend(attrs![1 => attrs![1 => expression, 2 => all]]);
         if let Some((_, len)) = part.split_once('/') {
             loads.extend(and(reg, &mask(len.parse().ok()?, width)));
         } else if let Some((_, bits)) = part.split_once('&') {
@@ -212,7 +214,7 @@ fn term(s: &str) -> Option<Vec<u8>> {
         }
         // True when the set counts more flows than this with the same key.
         [fields, "counts", set, "over", most] => {
-            let limit = nest![1 => "connlimit", 2 => nest![1 => number(most)?, 2 => 1]];
+            let limit = attrs![1 => "connlimit", 2 => attrs![1 => number(most)?, 2 => 1]];
             let count = expr!("dynset", 1 => set, 3 => 0, 4 => R0, 7 => limit);
             vec![key(fields)?, count]
         }
@@ -228,7 +230,7 @@ fn term(s: &str) -> Option<Vec<u8>> {
         ["masquerade", low, high] => {
             const PORTS_GIVEN: u32 = 1 << 1;
             const FULLY_RANDOM: u32 = 1 << 4;
-            let port = |p: &str| Some(nest![1 => &p.parse::<u16>().ok()?.to_be_bytes()[..]]);
+            let port = |p: &str| Some(attrs![1 => &p.parse::<u16>().ok()?.to_be_bytes()[..]]);
             vec![
                 expr!("immediate", 1 => R0, 2 => port(low)?),
                 expr!("immediate", 1 => R0 + 1, 2 => port(high)?),
@@ -238,10 +240,10 @@ fn term(s: &str) -> Option<Vec<u8>> {
         ["masquerade"] => vec![expr!("masq")],
         // A prefix says which family's field is meant.
         [field, "=", prefix] if prefix.contains('/') => {
-            let net: Net = prefix.parse().ok()?;
-            let family = if net.width() == 32 { 4 } else { 6 };
-            let masked = format!("{field}{family}/{}", net.len);
-            vec![key(&masked)?, cmp(0, &net.octets())]
+            let net = prefix.parse().ok().filter(|n: &IpNet| *n == n.trunc())?;
+            let family = if net.max_prefix_len() == 32 { 4 } else { 6 };
+            let masked = format!("{field}{family}/{}", net.prefix_len());
+            vec![key(&masked)?, cmp(0, &octets(net.addr()))]
         }
         [name, op, n] => {
             let op = COMPARISONS.iter().position(|o| *o == op)? as u32;
@@ -254,34 +256,37 @@ fn term(s: &str) -> Option<Vec<u8>> {
 
 /// An element of a set or map; `data` is empty, [`mark_data`] or [`goto_data`].
 pub(crate) fn element(key: &[u8], data: &[u8]) -> Vec<u8> {
-    attrs![1 => Nest([attrs![1 => nest![1 => key]], data.to_vec()].concat())]
+    attrs![1 => [attrs![1 => attrs![1 => key]], data.to_vec()].concat()]
 }
 
 pub(crate) fn mark_data(mark: u32) -> Vec<u8> {
-    attrs![2 => nest![1 => mark.to_ne_bytes()]]
+    attrs![2 => attrs![1 => mark.to_ne_bytes()]]
 }
 
 pub(crate) fn goto_data(chain: &str) -> Vec<u8> {
-    attrs![2 => nest![2 => verdict(GOTO, chain)]]
+    attrs![2 => attrs![2 => verdict(GOTO, chain)]]
 }
 
 /// Interval sets hold the first address of each range and, flagged, the one
 /// after its last. Ranges that touch are one.
-fn intervals(mut nets: Vec<Net>) -> Vec<(Vec<u8>, bool)> {
-    nets.sort_unstable_by_key(|n| n.bits());
+fn intervals(nets: Vec<IpNet>) -> Vec<(Vec<u8>, bool)> {
     let mut out = Vec::new();
-    for net in nets {
-        let start = net.octets();
+    for net in IpNet::aggregate(&nets) {
+        let start = octets(net.addr());
         if out.last() == Some(&(start.clone(), true)) {
             out.pop();
         } else {
             out.push((start, false));
         }
-        let size = 1_u128 << (net.width() - net.len);
-        let next = net.bits().checked_add(size).unwrap_or(0);
-        if next.trailing_zeros() < net.width().into() {
-            out.push((net.at(size, net.len).octets(), true));
-        }
+        let next: Option<IpAddr> = match net.broadcast() {
+            IpAddr::V4(a) => u32::from(a)
+                .checked_add(1)
+                .map(|n| Ipv4Addr::from(n).into()),
+            IpAddr::V6(a) => u128::from(a)
+                .checked_add(1)
+                .map(|n| Ipv6Addr::from(n).into()),
+        };
+        out.extend(next.map(|next| (octets(next), true)));
     }
     out
 }
@@ -310,12 +315,9 @@ impl Batch {
     }
 
     fn put(&mut self, op: u16, attrs: &[u8]) {
-        let adds = op != DEL_TABLE && op != DEL_ELEMENT;
-        let flags = if adds {
-            libc::NLM_F_CREATE | libc::NLM_F_APPEND
-        } else {
-            0
-        };
+        let removes = [DEL_TABLE, DEL_ELEMENT].contains(&op);
+        let adds = libc::NLM_F_CREATE | libc::NLM_F_APPEND;
+        let flags = if removes { 0 } else { adds };
         let attrs = [&attrs![TABLE => NAME], attrs].concat();
         let message = message(SUBSYSTEM | op, flags, &INET, &attrs);
         self.bytes.extend(message);
@@ -334,7 +336,7 @@ impl Batch {
     /// [`NEW_ELEMENT`] or [`DEL_ELEMENT`].
     pub(crate) fn elements(&mut self, op: u16, set: &str, elements: &[Vec<u8>]) {
         for some in elements.chunks(ELEMENTS) {
-            self.put(op, &attrs![2 => set, 3 => Nest(some.concat())]);
+            self.put(op, &attrs![2 => set, 3 => some.concat()]);
         }
     }
 
@@ -357,7 +359,7 @@ impl Batch {
     fn statement(&mut self, line: &str) -> Option<()> {
         if let Some((chain, terms)) = line.split_once(": ") {
             let terms: Vec<_> = terms.split(", ").map(term).collect::<Option<_>>()?;
-            let rule = attrs![2 => chain, 4 => Nest(terms.concat())];
+            let rule = attrs![2 => chain, 4 => terms.concat()];
             self.put(NEW_RULE, &rule);
             self.rules += 1;
             return Some(());
@@ -367,7 +369,8 @@ impl Batch {
             ["counters", ref names @ ..] => {
                 let zero = &[0; 8][..];
                 for &name in names {
-                    let counter = attrs![2 => name, 3 => COUNTER, 4 => nest![1 => zero, 2 => zero]];
+                    let counter =
+                        attrs![2 => name, 3 => COUNTER, 4 => attrs![1 => zero, 2 => zero]];
                     self.put(NEW_OBJECT, &counter);
                 }
             }
@@ -376,7 +379,7 @@ impl Batch {
                 let states: Vec<_> = (1..).zip(seconds).map(state).collect::<Option<_>>()?;
                 let family = &family.parse::<u16>().ok()?.to_be_bytes()[..];
                 let proto = &[proto.parse().ok()?][..];
-                let data = nest![1 => family, 2 => proto, 3 => Nest(states.concat())];
+                let data = attrs![1 => family, 2 => proto, 3 => states.concat()];
                 self.put(NEW_OBJECT, &attrs![2 => name, 3 => TIMEOUT, 4 => data]);
             }
             ["set", name, key, ref features @ ..] => self.set(name, key, features)?,
@@ -397,7 +400,7 @@ impl Batch {
             ["chain", name, kind, hook, priority] => {
                 let hook = HOOKS.iter().position(|h| *h == hook)? as u32;
                 let priority = priority.parse::<i32>().ok()?.cast_unsigned();
-                let place = nest![1 => hook, 2 => priority];
+                let place = attrs![1 => hook, 2 => priority];
                 let chain = attrs![3 => name, 4 => place, 5 => ACCEPT.cast_unsigned(), 7 => kind];
                 self.put(NEW_CHAIN, &chain);
             }
@@ -417,8 +420,8 @@ impl Batch {
                 "interval" => (0x04, vec![]),
                 "verdict" => (0x08, attrs![6 => 0xffff_ff00]),
                 "mark" => (0x08, attrs![6 => of("mark")?.0, 7 => 4]),
-                "count" => (0x20, attrs![9 => nest![1 => 65_535]]),
-                "counter" => (0, attrs![17 => nest![1 => "counter", 2 => nest![]]]),
+                "count" => (0x20, attrs![9 => attrs![1 => 65_535]]),
+                "counter" => (0, attrs![17 => attrs![1 => "counter", 2 => attrs![]]]),
                 _ => return None,
             };
             flags |= flag;

@@ -5,13 +5,14 @@
 //! the way out. Whatever is dropped is counted by reason. Packets that touch
 //! none of our devices and addresses pass through untouched.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use super::Kernel;
-use super::netlink::{attr_of, text_of, unless};
+use super::netlink::{attr_of, message, text_of, unless};
 use super::nft::{self, Batch, DEL_ELEMENT, NEW_ELEMENT, element, goto_data, mark_data};
 use crate::config::{self, Config};
-use crate::plan::{self, Live};
+use crate::plan::{self, Device};
 
 pub(crate) use super::nft::NAME;
 
@@ -194,58 +195,39 @@ fn table(c: &Config) -> String {
     lines.join("\n")
 }
 
-/// The elements of a lease, each with its set.
-fn elements(c: &Config, l: &Live) -> Vec<(&'static str, Vec<u8>)> {
-    let (at, class) = (l.index.to_ne_bytes(), l.lease.class);
-    let [v4, v6] = plan::prefixes(c, l.slot).map(|n| [&at, &n.octets()[..]].concat());
-    let [s4, s6] = plan::streams(c, l.slot).map(|n| n.octets());
-    let owner = [at, plan::mark(l.slot, 0).to_ne_bytes()].concat();
-    let mark = mark_data(plan::mark(l.slot, class));
-    let goto = goto_data(&format!("class_{class}"));
-    let rows = [
-        ("lease4", &v4[..], &goto[..]),
-        ("lease6", &v6, &goto),
-        ("back4", &v4, &[]),
-        ("back6", &v6, &[]),
-        ("marks", &at, &mark),
-        ("owned", &owner, &[]),
-        ("stream4", &s4, &goto),
-        ("stream6", &s6, &goto),
-        ("stream_marks4", &s4, &mark),
-        ("stream_marks6", &s6, &mark),
-    ];
-    let streams = l.lease.kind.has_streams();
-    let wanted = rows
-        .into_iter()
-        .filter(|row| streams || !row.0.starts_with("stream"));
-    wanted
-        .map(|(set, key, data)| (set, element(key, data)))
-        .collect()
-}
-
-/// The elements of all leases, set by set.
-fn by_set(c: &Config, leases: &[Live]) -> Vec<(&'static str, Vec<Vec<u8>>)> {
-    let all: Vec<_> = leases.iter().flat_map(|l| elements(c, l)).collect();
-    let of = |set| all.iter().filter(move |e| e.0 == set).map(|e| e.1.clone());
-    let sets = LEASES.split(' ');
-    sets.map(|set| (set, of(set).collect())).collect()
-}
-
-pub(crate) fn add_lease(k: &mut Kernel, lease: Live) -> io::Result<()> {
-    let mut batch = Batch::new();
-    for (set, elements) in by_set(&k.config, &[lease]) {
-        batch.elements(NEW_ELEMENT, set, &elements);
+/// Puts elements of devices' leases into the batch, to be added or taken away.
+fn put_leases(batch: &mut Batch, op: u16, c: &Config, devices: &[Device]) {
+    let mut sets = BTreeMap::<_, Vec<_>>::new();
+    for (d, lease) in devices.iter().filter_map(|d| Some((d, d.lease?))) {
+        let (at, a) = (&d.index.to_ne_bytes()[..], plan::addresses(c, d.slot));
+        let v4 = &[at, &a.v4.octets()].concat()[..];
+        let v6 = &[at, &a.v6.octets()].concat()[..];
+        let (stream4, stream6) = (&a.stream4.octets()[..], &a.stream6.octets()[..]);
+        let slot = d.mark() & plan::MARK_SLOT_MASK;
+        let owner = [at, &slot.to_ne_bytes()].concat();
+        let mark = &mark_data(d.mark())[..];
+        let goto = &goto_data(&format!("class_{}", lease.class))[..];
+        let rows = [
+            ("lease4", v4, goto),
+            ("lease6", v6, goto),
+            ("back4", v4, &[]),
+            ("back6", v6, &[]),
+            ("marks", at, mark),
+            ("owned", &owner, &[]),
+            ("stream4", stream4, goto),
+            ("stream6", stream6, goto),
+            ("stream_marks4", stream4, mark),
+            ("stream_marks6", stream6, mark),
+        ];
+        for (set, key, data) in rows {
+            if lease.kind.has_streams() || !set.starts_with("stream") {
+                sets.entry(set).or_default().push(element(key, data));
+            }
+        }
     }
-    batch.run(k)
-}
-
-/// Takes the lease out; being out already is fine.
-pub(crate) fn remove_lease(k: &mut Kernel, lease: Live) -> io::Result<()> {
-    let mut batch = Batch::new();
-    for (set, elements) in by_set(&k.config, &[lease]) {
-        batch.elements(DEL_ELEMENT, set, &elements);
+    for (set, elements) in sets {
+        batch.elements(op, set, &elements);
     }
-    unless(libc::ENOENT, batch.run(k))
 }
 
 fn put_uplinks(batch: &mut Batch, uplinks: &[u32]) {
@@ -253,6 +235,19 @@ fn put_uplinks(batch: &mut Batch, uplinks: &[u32]) {
     let all: Vec<_> = uplinks.iter().map(one).collect();
     batch.clear("uplinks");
     batch.elements(NEW_ELEMENT, "uplinks", &all);
+}
+
+pub(crate) fn add_lease(k: &mut Kernel, d: Device) -> io::Result<()> {
+    let mut batch = Batch::new();
+    put_leases(&mut batch, NEW_ELEMENT, &k.config, &[d]);
+    batch.run(k)
+}
+
+/// Takes the device's lease out; being out already is fine.
+pub(crate) fn remove_lease(k: &mut Kernel, d: Device) -> io::Result<()> {
+    let mut batch = Batch::new();
+    put_leases(&mut batch, DEL_ELEMENT, &k.config, &[d]);
+    unless(libc::ENOENT, batch.run(k))
 }
 
 pub(crate) fn set_uplinks(k: &mut Kernel, uplinks: &[u32]) -> io::Result<()> {
@@ -272,66 +267,56 @@ pub(crate) fn remove(k: &mut Kernel) -> io::Result<()> {
 /// How many rules the table holds; zero when it is gone.
 pub(crate) fn rules_present(k: &mut Kernel) -> io::Result<usize> {
     let (kind, ours) = (nft::SUBSYSTEM | nft::GET_RULE, attrs![nft::TABLE => NAME]);
-    let count = |_: &[u8], found: &mut Vec<()>| found.push(());
-    let rules = k.filter.dump(kind, &nft::INET, &ours, count);
-    rules.map(|r| r.len())
+    let question = message(kind, libc::NLM_F_DUMP, &nft::INET, &ours);
+    k.filter
+        .ask(question, |_| Some(()))
+        .map(|rules| rules.len())
 }
 
 /// The comment of the table, if there is one.
 fn comment(k: &mut Kernel) -> io::Result<Option<String>> {
     let kind = nft::SUBSYSTEM | nft::GET_TABLE;
-    let comments = k.filter.dump(kind, &nft::INET, &[], |body, found| {
-        let attrs = body.get(4..).unwrap_or_default();
-        if attr_of(attrs, nft::TABLE).map(text_of).as_deref() == Some(NAME) {
-            let data = attr_of(attrs, nft::USERDATA).and_then(|d| d.get(2..));
-            found.extend(data.map(text_of));
-        }
+    let question = message(kind, libc::NLM_F_DUMP, &nft::INET, &[]);
+    let comments = k.filter.ask(question, |body| {
+        let attrs = body.get(4..)?;
+        let ours = text_of(attr_of(attrs, nft::TABLE)?) == NAME;
+        ours.then_some(text_of(attr_of(attrs, nft::USERDATA)?.get(2..)?))
     });
-    comments.map(|c| c.into_iter().next())
+    comments.map(|mut c| c.pop())
 }
 
 /// Puts the table in place, live leases included, and returns its number of rules.
 /// One of an earlier start with the same configuration stays and only its
 /// elements are set anew: to replace a table costs packets for a millisecond.
-pub(crate) fn ensure(k: &mut Kernel, uplinks: &[u32], leases: &[Live]) -> io::Result<usize> {
+pub(crate) fn ensure(k: &mut Kernel, uplinks: &[u32], live: &[Device]) -> io::Result<usize> {
     let text = table(&k.config);
     let mut whole = Batch::new();
     whole.compile(&text)?;
     if comment(k)? != Some(fingerprint(&text)) || rules_present(k)? != whole.rules {
-        return install(k, uplinks, leases);
+        return install(k, uplinks, live);
     }
     let mut batch = Batch::new();
     put_uplinks(&mut batch, uplinks);
-    for (set, elements) in by_set(&k.config, leases) {
-        batch.clear(set);
-        batch.elements(NEW_ELEMENT, set, &elements);
-    }
+    LEASES.split(' ').for_each(|set| batch.clear(set));
+    put_leases(&mut batch, NEW_ELEMENT, &k.config, live);
     batch.run(k)?;
     Ok(whole.rules)
 }
 
 /// Replaces the whole table in one transaction; returns its number of rules.
-pub(crate) fn install(k: &mut Kernel, uplinks: &[u32], leases: &[Live]) -> io::Result<usize> {
+pub(crate) fn install(k: &mut Kernel, uplinks: &[u32], live: &[Device]) -> io::Result<usize> {
     #[cfg(feature = "fault-hooks")]
     crate::fault::refuse("install")?;
-    let batch = build(&k.config, uplinks, leases)?;
-    let rules = batch.rules;
-    batch.run(k)?;
-    Ok(rules)
-}
-
-fn build(c: &Config, uplinks: &[u32], leases: &[Live]) -> io::Result<Batch> {
-    let text = table(c);
+    let text = table(&k.config);
     let mut batch = Batch::new();
     batch.new_table("");
     batch.delete_table();
     batch.new_table(&fingerprint(&text));
     batch.compile(&text)?;
     put_uplinks(&mut batch, uplinks);
-    for (set, elements) in by_set(c, leases) {
-        batch.elements(NEW_ELEMENT, set, &elements);
-    }
-    Ok(batch)
+    put_leases(&mut batch, NEW_ELEMENT, &k.config, live);
+    let rules = batch.rules;
+    batch.run(k).map(|()| rules)
 }
 
 /// What the table was made from, as its comment tells a later start.
@@ -344,13 +329,17 @@ fn fingerprint(table: &str) -> String {
 mod tests {
     use super::*;
     use crate::config::tests_support::example;
-    use crate::plan::LeaseTag;
+    use crate::plan::Lease;
     use rvpn_ipc::{Key, Kind};
     use std::sync::Arc;
 
-    fn live(slot: u32, index: u32, class: u8, kind: Kind) -> Live {
-        let lease = LeaseTag::new(Key([1; 16]), kind, class);
-        Live { slot, index, lease }
+    fn live(slot: u32, index: u32, class: u8, kind: Kind) -> Device {
+        let key = Key([1; 16]);
+        Device {
+            index,
+            lease: Some(Lease { key, kind, class }),
+            ..Device::new(slot)
+        }
     }
 
     /// Runs in a network namespace of its own.

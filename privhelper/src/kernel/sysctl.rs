@@ -1,7 +1,7 @@
 //! The few kernel settings that have no netlink message, by their files, and
 //! what they held before us, so that teardown can put it back.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -45,58 +45,46 @@ fn named(name: &str, e: &io::Error) -> io::Error {
     io::Error::new(e.kind(), format!("/proc/sys/{name}: {e}"))
 }
 
-/// Written and synced before the first change; a line is `name old new`. A
-/// value somebody changed after us is theirs and stays.
-pub(crate) struct Journal {
-    path: PathBuf,
-    lines: Vec<[String; 3]>,
+/// What we changed: name, old value, new value. A line is written and synced before the
+/// change it is about, so one that was cut short is about none.
+fn journal(state: &Path) -> io::Result<Vec<[String; 3]>> {
+    let text = if_there(fs::read_to_string(state.join(JOURNAL)))?.unwrap_or_default();
+    let words = |l: &str| l.splitn(3, ' ').map(str::to_owned).collect::<Vec<_>>();
+    let lines = text.lines().filter_map(|l| words(l).try_into().ok());
+    Ok(lines.collect())
 }
 
-impl Journal {
-    pub(crate) fn open(state: &Path) -> io::Result<Journal> {
-        let path = state.join(JOURNAL);
-        let text = if_there(fs::read_to_string(&path))?.unwrap_or_default();
-        let words = |l: &str| l.splitn(3, ' ').map(str::to_owned).collect::<Vec<_>>();
-        let lines = text.lines().filter_map(|l| words(l).try_into().ok());
-        let lines = lines.collect();
-        Ok(Journal { path, lines })
-    }
-
-    /// Raises a sysctl, remembering what it was; false when this kernel has none of that name.
-    /// What is higher already is stricter, and stays.
-    pub(crate) fn raise(&mut self, name: &str, value: &str) -> io::Result<bool> {
-        let Some(old) = read(name)? else {
-            return Ok(false);
-        };
-        if old.as_str() < value {
-            if !self.lines.iter().any(|l| l[0] == name) {
-                self.lines.push([name.to_owned(), old, value.to_owned()]);
-                self.save()?;
-            }
-            write(name, value)?;
+/// Raises a sysctl, remembering what it was; false when this kernel has none of that name.
+/// What is higher already is stricter, and stays.
+pub(crate) fn raise(state: &Path, name: &str, value: &str) -> io::Result<bool> {
+    let Some(old) = read(name)? else {
+        return Ok(false);
+    };
+    if old.as_str() < value {
+        if !journal(state)?.iter().any(|l| l[0] == name) {
+            let mut options = OpenOptions::new();
+            let mut file = options
+                .append(true)
+                .create(true)
+                .open(state.join(JOURNAL))?;
+            // What was cut short before ends here.
+            file.write_all(format!("\n{name} {old} {value}").as_bytes())?;
+            file.sync_all()?;
         }
-        Ok(true)
+        write(name, value)?;
     }
+    Ok(true)
+}
 
-    fn save(&self) -> io::Result<()> {
-        let new = self.path.with_extension("new");
-        let mut file = File::create(&new)?;
-        for line in &self.lines {
-            writeln!(file, "{}", line.join(" "))?;
+/// Puts back every value that is still ours, newest first; returns how many. A
+/// value somebody changed after us is theirs and stays.
+pub(crate) fn restore(state: &Path) -> io::Result<usize> {
+    let mut restored = 0;
+    for [name, old, value] in journal(state)?.iter().rev() {
+        if is(name, value)? {
+            write(name, old)?;
+            restored += 1;
         }
-        file.sync_all()?;
-        fs::rename(new, &self.path)
     }
-
-    /// Puts back every value that is still ours, newest first; returns how many.
-    pub(crate) fn restore(self) -> io::Result<usize> {
-        let mut restored = 0;
-        for [name, old, value] in self.lines.iter().rev() {
-            if is(name, value)? {
-                write(name, old)?;
-                restored += 1;
-            }
-        }
-        if_there(fs::remove_file(&self.path)).map(|_| restored)
-    }
+    if_there(fs::remove_file(state.join(JOURNAL))).map(|_| restored)
 }

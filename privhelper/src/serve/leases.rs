@@ -10,8 +10,8 @@ use rvpn_ipc::{Op, Reply, Request, Slot, Status};
 use super::{RETRY, Server};
 use crate::apply;
 use crate::kernel::{link, ruleset, tun};
-use crate::plan::{self, LeaseTag, Live, Tag};
-use crate::pool::{Acquired, Holder, LET_GO};
+use crate::plan::{self, Device, Lease};
+use crate::pool::{Entry, Holder, LET_GO, State};
 
 /// Requests read from one peer before the others have their turn.
 const TURN: usize = 16;
@@ -20,13 +20,10 @@ const WAITING: usize = 64;
 
 /// An acquire whose key's device is still held.
 pub(super) struct Pending {
-    holder: Holder,
+    pub(super) holder: Holder,
     request: Request,
     until: Instant,
 }
-
-/// What is sent back, with the TUN of a lease.
-type Answer = (Reply, Option<OwnedFd>);
 
 fn milliseconds(d: Duration) -> u32 {
     u32::try_from(d.as_millis()).unwrap_or(u32::MAX)
@@ -39,244 +36,199 @@ fn refused(r: &Request, status: Status, after: Duration) -> Reply {
 }
 
 impl Server {
-    pub(super) fn serve_peers(&mut self, ready: &[bool]) -> io::Result<()> {
-        let ids = self.peers.ids();
+    pub(super) fn serve_peers(&mut self, ready: &[bool]) {
+        let ids: Vec<Holder> = self.peers.all.keys().copied().collect();
         for (id, flags) in ids.into_iter().zip(ready.chunks_exact(2)) {
             for _ in 0..if flags[0] { TURN } else { 0 } {
-                let Some(request) = self.peers.read(id, Instant::now()) else {
+                let Some(request) = self.peers.read(id) else {
                     break;
                 };
-                self.handle(id, &request)?;
+                self.handle(id, &request);
             }
-            if flags[1] {
-                self.peers.process_gone(id);
+            if let Some(p) = self.peers.all.get_mut(&id) {
+                p.closed |= flags[1] && p.process.is_some();
             }
-        }
-        self.bury_peers();
-        Ok(())
-    }
-
-    /// What closed connections held lingers.
-    pub(super) fn bury_peers(&mut self) {
-        for id in self.peers.bury() {
-            self.pending.retain(|p| p.holder != id);
-            let until = Instant::now() + self.config.linger;
-            self.pool.holder_gone(id, until);
         }
     }
 
-    fn handle(&mut self, id: Holder, r: &Request) -> io::Result<()> {
-        let said = |status| Reply::to(r, status);
-        let greeted = self.peers.get(id).is_some_and(|p| p.greeted);
+    fn handle(&mut self, id: Holder, r: &Request) {
         // One gateway, or a second that says it is the successor.
-        let room = usize::from(r.flags & FLAG_SUCCESSOR) + 1;
+        let full = self.peers.greeted() > usize::from(r.flags & FLAG_SUCCESSOR);
+        let Some(peer) = self.peers.all.get_mut(&id) else {
+            return;
+        };
+        let (ok, unknown) = (Status::Ok, Status::UnknownLease);
+        let (ok, unknown) = (Reply::to(r, ok), Reply::to(r, unknown));
         let reply = match r.op {
-            op if greeted == (op == Op::Hello) => {
-                self.peers.close(id);
-                said(Status::OutOfOrder)
+            op if peer.greeted() == (op == Op::Hello) => {
+                peer.closed = true;
+                Reply::to(r, Status::OutOfOrder)
             }
-            Op::Hello if self.peers.greeted() >= room => {
-                self.peers.close(id);
-                said(Status::TwoGateways)
+            Op::Hello if full => {
+                peer.closed = true;
+                Reply::to(r, Status::TwoGateways)
             }
-            Op::Hello => {
-                self.peers.greet(id);
-                self.with_figures(said(Status::Ok))
+            Op::Hello | Op::Describe => {
+                peer.deadline = None;
+                self.describe(ok, Device::new(0))
             }
-            Op::Describe => self.with_figures(said(Status::Ok)),
             Op::Acquire => return self.acquire(id, r),
-            Op::Confirm if self.pool.confirm(r.slot, r.generation, r.key, id) => {
-                self.with_lease(said(Status::Ok), r.slot)
+            Op::Confirm => {
+                let found = self.pool.confirm(r.slot, r.generation, r.key, id);
+                found.map_or(unknown, |device| self.describe(ok, device))
             }
-            Op::Confirm => said(Status::UnknownLease),
             Op::Linger | Op::Release => {
                 let lingers = r.op == Op::Linger && !self.config.linger.is_zero();
                 let until = lingers.then(|| Instant::now() + self.config.linger);
                 let known = self.pool.end(r.slot, r.generation, id, until);
                 if known && !lingers {
-                    self.clean(r.slot)?;
+                    self.clean(r.slot);
                 }
-                said(if known {
-                    Status::Ok
-                } else {
-                    Status::UnknownLease
-                })
+                if known { ok } else { unknown }
             }
         };
         self.peers.send(id, &reply, None);
-        Ok(())
     }
 
-    fn with_figures(&self, reply: Reply) -> Reply {
-        let (c, config) = (self.pool.counts(), &self.config);
+    /// Fills in the pool's figures and a lease's addresses: the first slot's are the pool's own.
+    fn describe(&self, reply: Reply, of: Device) -> Reply {
+        let (counts, c) = (self.pool.counts(), &self.config);
+        let first = plan::addresses(c, of.slot);
         Reply {
-            mtu: config.mtu,
-            nat_low: config.nat.0,
-            nat_high: config.nat.1,
-            offload: if config.offload { tun::OFFLOAD } else { 0 },
-            v4: config.pool4.v4(),
-            v6: config.pool6.v6(),
-            stream4: config.stream4.v4(),
-            stream6: config.stream6.v6(),
+            slot: of.slot,
+            generation: of.generation,
+            v4: first.v4,
+            v6: first.v6,
+            stream4: first.stream4,
+            stream6: first.stream6,
+            mtu: c.mtu,
+            nat_low: c.nat.0,
+            nat_high: c.nat.1,
+            offload: if c.offload { tun::OFFLOAD } else { 0 },
             slots: self.pool.len(),
-            free: c.free,
-            leased: c.leased,
-            lingering: c.lingering,
-            cleaning: c.cleaning,
-            linger_ms: milliseconds(config.linger),
+            free: counts.free,
+            leased: counts.leased,
+            lingering: counts.lingering,
+            cleaning: counts.cleaning,
+            linger_ms: milliseconds(c.linger),
             ..reply
         }
     }
 
-    fn with_lease(&self, reply: Reply, slot: Slot) -> Reply {
-        let [v4, v6] = plan::prefixes(&self.config, slot);
-        let [stream4, stream6] = plan::streams(&self.config, slot);
-        Reply {
-            slot,
-            generation: self.pool.generation(slot),
-            v4: v4.v4(),
-            v6: v6.v6(),
-            stream4: stream4.v4(),
-            stream6: stream6.v6(),
-            ..self.with_figures(reply)
-        }
-    }
-
-    fn acquire(&mut self, id: Holder, r: &Request) -> io::Result<()> {
+    fn acquire(&mut self, id: Holder, r: &Request) {
         if !self.config.classes.iter().any(|c| c.number == r.class) {
             let unknown = Reply::to(r, Status::UnknownClass);
-            self.peers.send(id, &unknown, None);
-            return Ok(());
+            return self.peers.send(id, &unknown, None);
         }
-        if let Acquired::Held(slot, generation, holder) = self.pool.find(r.key) {
-            let notice = Reply::notice(Status::TakenOver, slot, generation);
+        if let Some(&Entry { device, state }) = self.pool.find(r.key)
+            && let State::Leased(holder) = state
+        {
+            let notice = Reply::notice(Status::TakenOver, device.slot, device.generation);
             self.peers.send(holder, &notice, None);
         }
-        let busy = (refused(r, Status::Busy, RETRY), None);
         let waiting = self.pending.iter().any(|p| p.request.key == r.key);
-        let until = Instant::now() + LET_GO;
-        let answer = if waiting {
-            Some(busy)
-        } else {
-            self.attempt(id, r, false)?
-        };
-        match answer {
-            Some((reply, fd)) => self.peers.send(id, &reply, fd),
-            None if self.pending.len() < WAITING => {
-                let (holder, request) = (id, *r);
-                self.pending.push(Pending {
-                    holder,
-                    request,
-                    until,
-                });
-            }
-            None => self.peers.send(id, &refused(r, Status::Busy, RETRY), None),
+        if !waiting && self.attempt(id, r, false) {
+            return;
         }
-        Ok(())
+        if waiting || self.pending.len() >= WAITING {
+            return self.peers.send(id, &refused(r, Status::Busy, RETRY), None);
+        }
+        self.pending.push(Pending {
+            holder: id,
+            request: *r,
+            until: Instant::now() + LET_GO,
+        });
     }
 
-    pub(super) fn retry_pending(&mut self, now: Instant) -> io::Result<()> {
+    pub(super) fn retry_pending(&mut self, now: Instant) {
         // Making a device again takes tens of milliseconds: one a turn, for the others' sake.
         let mut forced = false;
         for p in std::mem::take(&mut self.pending) {
             let force = now >= p.until && !forced;
             forced |= force;
-            match self.attempt(p.holder, &p.request, force)? {
-                Some((reply, fd)) => self.peers.send(p.holder, &reply, fd),
-                None => self.pending.push(p),
+            if !self.attempt(p.holder, &p.request, force) {
+                self.pending.push(p);
             }
         }
-        Ok(())
     }
 
-    /// Tries to open the slot a key leads to; `None` while somebody still holds
-    /// its device. With `force` such a device is made again.
-    fn attempt(&mut self, id: Holder, r: &Request, force: bool) -> io::Result<Option<Answer>> {
-        let Some(kind) = r.kind else {
-            return Ok(Some((refused(r, Status::Failed, RETRY), None)));
-        };
-        let wanted = LeaseTag::new(r.key, kind, r.class);
+    /// Answers an acquire with the slot its key leads to; false while somebody still
+    /// holds its device. With `force` such a device is made again.
+    fn attempt(&mut self, id: Holder, r: &Request, force: bool) -> bool {
+        let (mut reply, mut fd) = (refused(r, Status::Failed, RETRY), None);
         // A free slot whose device turns out to be lost costs another try.
         for _ in 0..3 {
-            let (slot, resumed) = match self.pool.find(r.key) {
-                Acquired::Fresh(slot) => (slot, false),
-                Acquired::Resumed(slot) | Acquired::Held(slot, ..) => (slot, true),
-                Acquired::Full => {
-                    let full = refused(r, Status::NoCapacity, self.retry_after());
-                    return Ok(Some((full, None)));
-                }
+            let Some(former) = self.pool.find(r.key).map(|e| e.device) else {
+                // What is being cleaned or made is free in a moment, what is leased may last.
+                let soon = self.pool.counts().cleaning > 0;
+                let wait = if soon { RETRY / 4 } else { 5 * RETRY };
+                reply = refused(r, Status::NoCapacity, wait);
+                break;
             };
-            match self.open(id, slot, wanted, resumed, force) {
-                Ok((fd, offload)) => {
-                    let mut reply = self.with_lease(Reply::to(r, Status::Ok), slot);
-                    reply.flags = if resumed { FLAG_RESUMED } else { 0 };
+            match self.open(former, r, force) {
+                Ok((device, tun, offload)) => {
+                    self.pool.grant(device, id);
+                    reply = self.describe(Reply::to(r, Status::Ok), device);
+                    reply.flags = former.lease.map_or(0, |_| FLAG_RESUMED);
                     reply.offload = offload;
-                    let fd = kind.has_tun().then_some(fd);
-                    return Ok(Some((reply, fd)));
+                    fd = tun;
+                    break;
                 }
-                Err(e) if resumed && e.raw_os_error() == Some(libc::EBUSY) => return Ok(None),
+                Err(e) if former.lease.is_some() && e.raw_os_error() == Some(libc::EBUSY) => {
+                    return false;
+                }
                 Err(e) => {
-                    say!(error: "{} cannot be leased: {e}", plan::device_name(slot));
-                    self.lose(slot)?;
+                    say!(error: "{} cannot be leased: {e}", former.name());
+                    self.lose(former.slot);
                 }
             }
         }
-        Ok(Some((refused(r, Status::Failed, RETRY), None)))
+        self.peers.send(id, &reply, fd);
+        true
     }
 
-    /// When a slot may be free: growth takes a moment, a lingering lease its time.
-    fn retry_after(&self) -> Duration {
-        if self.growing || self.pool.counts().cleaning > 0 {
-            return RETRY / 4;
-        }
-        let until = self.pool.next_deadline();
-        let until = until.map(|d| d.saturating_duration_since(Instant::now()));
-        until.map_or(10 * RETRY, |d| d.clamp(RETRY / 4, 10 * RETRY))
-    }
-
-    /// Attaches, tags the device with the lease, opens the rules, grants: in this
-    /// order, so that a helper that dies on the way leaves nothing open unmarked.
+    /// Attaches, tags the device with the lease, opens the rules: in this order,
+    /// so that a helper that dies on the way leaves nothing open unmarked.
     fn open(
         &mut self,
-        id: Holder,
-        slot: Slot,
-        wanted: LeaseTag,
-        resumed: bool,
+        former: Device,
+        r: &Request,
         force: bool,
-    ) -> io::Result<(OwnedFd, u16)> {
-        let (k, mut index) = (&mut self.kernel, self.pool.index(slot));
-        let former = self.pool.lease(slot).filter(|_| resumed);
-        let former = former.map(|lease| Live::new(slot, index, lease));
-        let tag = Tag::new(self.pool.next_generation(slot), Some(wanted));
-        let (tun, offload) = match apply::attach(k, slot, index) {
+    ) -> io::Result<(Device, Option<OwnedFd>, u16)> {
+        let Request { key, class, .. } = *r;
+        let kind = r.kind.ok_or(io::ErrorKind::InvalidInput)?;
+        let mut device = former.leased(Lease { key, kind, class });
+        let (k, resumed) = (&mut self.kernel, former.lease.is_some());
+        let (tun, offload) = match apply::attach(k, &device) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) && !force => return Err(e),
             Err(_) if resumed => {
-                index = apply::recreate(k, slot, index, tag)?;
-                self.pool.set_index(slot, index);
-                apply::attach(k, slot, index)?
+                device = apply::recreate(k, device)?;
+                apply::attach(k, &device)?
             }
             other => other?,
         };
-        link::set_alias(k, index, tag)?;
-        link::add_hosts6(k, &[(slot, index)])?;
-        let opened = Live::new(slot, index, wanted);
-        if former != Some(opened) {
-            former.map_or(Ok(()), |old| ruleset::remove_lease(k, old))?;
-            ruleset::add_lease(k, opened)?;
+        link::set_alias(k, &device)?;
+        link::add_hosts6(k, &[device])?;
+        if (former.index, former.lease) != (device.index, device.lease) {
+            if resumed {
+                ruleset::remove_lease(k, former)?;
+            }
+            ruleset::add_lease(k, device)?;
         }
         #[cfg(feature = "fault-hooks")]
         crate::fault::at("opened");
-        self.pool.grant(slot, wanted, id);
-        Ok((tun.into_fd(), offload))
+        Ok((device, kind.has_tun().then(|| tun.into_fd()), offload))
     }
 
     /// Ends a slot's lease because its device is not what it was.
-    pub(super) fn lose(&mut self, slot: Slot) -> io::Result<()> {
-        let (held, began) = self.pool.lost(slot);
-        if let Some((generation, holder)) = held {
-            let notice = Reply::notice(Status::DeviceLost, slot, generation);
+    pub(super) fn lose(&mut self, slot: Slot) {
+        let Some(lost) = self.pool.lost(slot) else {
+            return;
+        };
+        if let State::Leased(holder) = lost.state {
+            let notice = Reply::notice(Status::DeviceLost, slot, lost.device.generation);
             self.peers.send(holder, &notice, None);
         }
-        if began { self.clean(slot) } else { Ok(()) }
+        self.clean(slot);
     }
 }

@@ -2,6 +2,9 @@
 
 /// What may wait for one visitor.
 pub const CAPACITY: usize = 1024 * 1024;
+/// What may wait for all visitors of a client beyond that: what was on its way
+/// when the client heard that it is to pause.
+pub const ON_ITS_WAY: usize = 4 * 1024 * 1024;
 /// Above this the client is told to pause: what is on its way when it hears of
 /// it must still find room.
 pub const PAUSE_ABOVE: usize = 128 * 1024;
@@ -39,6 +42,11 @@ impl Gauge {
     /// How many more there is room for.
     pub fn room(&self) -> usize {
         CAPACITY.saturating_sub(self.waiting)
+    }
+
+    /// Whether the client was told to pause, and not yet to go on.
+    pub fn is_paused(&self) -> bool {
+        self.paused
     }
 
     /// Takes in what came.

@@ -58,8 +58,9 @@ impl Default for Limits {
         Limits {
             opened: super::STREAMS,
             accepted: 0,
-            // Together with what waits on the other way, 1 MiB.
-            window: 1024 * 1024 - WAITING as u32,
+            // Together with what waits on the other way, and in the hands of
+            // whoever reads, 1 MiB.
+            window: 768 * 1024,
             unread: 64 * 1024 * 1024,
             share: 32 * 1024,
         }

@@ -79,7 +79,9 @@ fn key_name(key: &KeyPair) -> String {
 }
 
 /// Tag, content, the element as a whole, and what follows.
-fn element(bytes: &[u8]) -> Option<(u8, &[u8], &[u8], &[u8])> {
+type Element<'a> = (u8, &'a [u8], &'a [u8], &'a [u8]);
+
+fn element(bytes: &[u8]) -> Option<Element<'_>> {
     let (&[tag, first], rest) = bytes.split_first_chunk::<2>()?;
     let (len, head) = match first {
         0..=0x7f => (usize::from(first), 2),

@@ -72,7 +72,7 @@ fn has_end(bytes: &[u8], seen: usize) -> bool {
 fn theirs(head: &[u8], config: &Config, table: &Table) -> Option<Name> {
     let host = header(head, "host")?;
     let (name, _) = Name::with_port(host).ok()?;
-    if config.names.lists(name.as_str()) || config.admin_names.iter().any(|n| n == name.as_str()) {
+    if config.names.lists(name.as_str()) || config.is_admin_name(name.as_str()) {
         return None;
     }
     if config.names.answers_to(host_part(host)) {

@@ -93,8 +93,8 @@ fn is_printable(value: &[u8]) -> bool {
         .all(|b| *b == b'\t' || (*b >= b' ' && *b != 0x7f))
 }
 
-/// A WebSocket that the request asks for: the `Sec-WebSocket-Key` it came with.
-#[derive(Clone)]
+/// The request asks for a WebSocket.
+#[derive(Clone, Copy)]
 pub(super) struct WebSocket;
 
 /// Whether the request asks for a WebSocket. Other upgrades are not passed on:
@@ -158,7 +158,7 @@ fn strip(headers: &mut HeaderMap) {
 }
 
 /// Makes the request that the client receives.
-pub(super) fn forward(parts: &mut Parts, told: &Told, upgrade: Option<&WebSocket>) {
+pub(super) fn forward(parts: &mut Parts, told: &Told, upgrade: Option<WebSocket>) {
     let path = parts.uri.path_and_query().cloned();
     let path = path.unwrap_or_else(|| PathAndQuery::from_static("/"));
     parts.uri = Uri::from(path);

@@ -24,10 +24,6 @@ pub(super) fn page(status: StatusCode) -> Answer {
             "Misdirected request",
             "This connection was made for another name. Try again on a new one.",
         ),
-        StatusCode::UNPROCESSABLE_ENTITY => (
-            "No name given",
-            "Say which name you want: this address alone leads nowhere.",
-        ),
         StatusCode::EXPECTATION_FAILED => (
             "Expectation failed",
             "What this request expects is not done here.",
@@ -90,7 +86,18 @@ pub(super) fn moved(parts: &Parts, name: &Name) -> Answer {
     close(answer)
 }
 
-fn close(mut answer: Answer) -> Answer {
+/// A text as it is.
+pub(super) fn plain(text: String) -> Answer {
+    let mut answer = Response::new(whole(text));
+    let headers = answer.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    let kind = HeaderValue::from_static("text/plain");
+    headers.insert(CONTENT_TYPE, kind);
+    answer
+}
+
+/// After it nothing of the connection is read.
+pub(super) fn close(mut answer: Answer) -> Answer {
     let close = HeaderValue::from_static("close");
     answer.headers_mut().insert(CONNECTION, close);
     answer

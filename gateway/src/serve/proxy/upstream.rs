@@ -67,7 +67,7 @@ pub(super) async fn forward(
         return Err(pages::closing(StatusCode::EXPECTATION_FAILED));
     }
     // The visitor's side of an upgrade, for when the client agrees.
-    let near = upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
+    let near = upgrade.map(|_| hyper::upgrade::on(&mut request));
     let mut upstream = match again(connection, &visit).await {
         Some(upstream) => upstream,
         None => open(connection, &visit).await?,
@@ -85,13 +85,18 @@ pub(super) async fn forward(
     let answer = match sent {
         Ok(answer) => answer,
         Err(error) => {
-            debug!(error = %error.error(), "a client gave no answer");
+            let error = error.into_error();
+            debug!(%error, "a client gave no answer");
+            if error.is_user() {
+                // The visitor's own body was none.
+                return Err(pages::closing(StatusCode::BAD_REQUEST));
+            }
             return Err(pages::page(StatusCode::BAD_GATEWAY));
         }
     };
     upstream.requests.response();
     match (answer.status() == StatusCode::SWITCHING_PROTOCOLS, near) {
-        (true, Some(near)) => switch(connection, upstream, answer, near),
+        (true, Some(near)) => Ok(switch(connection, upstream, answer, near)),
         // Nobody asked for it.
         (true, None) => Err(pages::closing(StatusCode::BAD_GATEWAY)),
         (false, near) => {
@@ -139,6 +144,7 @@ async fn open(connection: &Connection, visit: &Visit) -> Result<Upstream, Answer
                     Unserved::Nobody | Unserved::Failed => StatusCode::BAD_GATEWAY,
                 })
             })?;
+    connection.settle();
     let failed = || pages::page(StatusCode::BAD_GATEWAY);
     if chosen.proxy {
         let header = proxy_header(visit.peer, visit.port);
@@ -173,13 +179,13 @@ fn switch(
     upstream: Upstream,
     mut answer: Response<Incoming>,
     near: hyper::upgrade::OnUpgrade,
-) -> Result<Answer, Answer> {
+) -> Answer {
     let websocket = answer
         .headers()
         .get(UPGRADE)
         .is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"websocket"));
     if !websocket {
-        return Err(pages::closing(StatusCode::BAD_GATEWAY));
+        return pages::closing(StatusCode::BAD_GATEWAY);
     }
     let far = hyper::upgrade::on(&mut answer);
     let idle = connection.idle;
@@ -204,7 +210,7 @@ fn switch(
     headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
     let nothing = http_body_util::Empty::new();
     let nothing = nothing.map_err(|never| match never {}).boxed_unsync();
-    Ok(Response::from_parts(parts, nothing))
+    Response::from_parts(parts, nothing)
 }
 
 /// The answer with its body, behind which the stream is free for the next request.

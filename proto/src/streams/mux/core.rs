@@ -518,7 +518,7 @@ impl Core {
             self.cut(id);
             return;
         }
-        slot.unread.extend(bytes);
+        slot.keep(bytes);
         self.unread += bytes.len();
         self.due.extend(slot.reader.take());
     }

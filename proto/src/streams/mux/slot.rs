@@ -83,6 +83,18 @@ impl Slot {
         WAITING.saturating_sub(self.waiting.len())
     }
 
+    /// Keeps what arrived, in memory that never exceeds the window: doubling
+    /// would go beyond it.
+    pub(super) fn keep(&mut self, bytes: &[u8]) {
+        let (len, capacity) = (self.unread.len(), self.unread.capacity());
+        let needed = len + bytes.len();
+        if needed > capacity {
+            let wanted = (2 * capacity).min(self.window as usize).max(needed);
+            self.unread.reserve_exact(wanted - len);
+        }
+        self.unread.extend(bytes);
+    }
+
     /// Moves bytes to a reader.
     pub(super) fn take(&mut self, into: &mut [u8]) -> usize {
         let n = into.len().min(self.unread.len());
