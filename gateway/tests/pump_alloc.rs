@@ -1,11 +1,7 @@
 //! Packets in motion take nothing from the allocator.
 //!
 //! A program of its own, because it counts every allocation of its thread.
-#![expect(
-    clippy::unwrap_used,
-    unsafe_code,
-    reason = "a test that cannot go on says where by panicking, and an allocator is unsafe to write"
-)]
+#![expect(unsafe_code, reason = "an allocator is unsafe to write")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
