@@ -19,14 +19,15 @@ use rvpn_gateway::acme::Wish;
 use rvpn_gateway::serve::table::{Ending, Offer};
 use rvpn_lab::acme_server::AcmeServer;
 use serve_support::{Fake, Served, pattern, rights, server};
+use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
 
 /// A front whose certificates are looked after.
-async fn lab(authority: &AcmeServer, more: &str) -> Lab {
-    let ca = std::env::temp_dir().join(format!("acme-ca-{}.pem", authority.port()));
-    std::fs::write(&ca, authority.ca_pem()).unwrap();
+async fn lab(authority: &AcmeServer, more: &str) -> (Lab, TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = authority.ca_file(dir.path());
     let lab = Lab::and(format!(
         "[acme]\ndirectory = \"{}\"\nca-file = {ca:?}\nnames = []\nserved = true\n{more}",
         authority.directory()
@@ -36,7 +37,7 @@ async fn lab(authority: &AcmeServer, more: &str) -> Lab {
     let front = Arc::clone(&lab.front);
     let wish = move || Wish::of(&front);
     tokio::spawn(Arc::clone(&lab.front.acme).run(wish));
-    lab
+    (lab, dir)
 }
 
 /// A client that serves these names, whose TLS ends where it says.
@@ -79,7 +80,7 @@ async fn until_trusted(lab: &Lab, name: &str, ca: &str) {
 #[tokio::test]
 async fn r_28_a_served_name_whose_tls_ends_here_gets_a_certificate_and_no_other() {
     let authority = AcmeServer::start(Duration::from_secs(3600));
-    let lab = lab(&authority, "").await;
+    let (lab, _dir) = lab(&authority, "").await;
     let served = serve(
         &lab,
         "alice",
@@ -112,7 +113,7 @@ async fn r_28_rev_16_a_challenge_is_answered_by_the_names_client_or_by_us_and_no
     let authority = AcmeServer::start(Duration::from_secs(3600));
     let more =
         "challenge = \"http-01\"\n[[name]]\npattern = \"*.example.org\"\nhttp = \"redirect\"\n";
-    let lab = lab(&authority, more).await;
+    let (lab, _dir) = lab(&authority, more).await;
     let mut a = serve(&lab, "alice", &[("a.example.org", Ending::There)]);
     let mut b = serve(&lab, "bob", &[("b.example.org", Ending::Here)]);
     // Ours, by http-01 under the name that b serves.
