@@ -175,6 +175,7 @@ impl State {
             addresses: Vec::new(),
             slot: None,
             core: self.way.core,
+            gauge: Arc::default(),
         };
         info!(account = %card.account, "client came");
         self.member = Some(Member {
