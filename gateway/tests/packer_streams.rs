@@ -157,7 +157,7 @@ async fn the_first_frame_has_all_of_the_hello_and_five_or_seven_fields() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rev_08_two_visitors_of_one_address_are_two_streams() {
+async fn r_14_and_rev_08_two_visitors_of_one_address_are_two_streams() {
     let lab = Lab::new().await;
     let mut client = go::of_2017(&lab, &domains(SECRET, &["a.example"])).await;
     let peer = "203.0.113.9:40000";
@@ -421,7 +421,7 @@ async fn malformed_frames_end_their_own_client_with_a_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_that_goes_takes_its_visitors_and_names_at_once() {
+async fn r_10_a_client_that_goes_takes_its_visitors_and_names_at_once() {
     let lab = Lab::new().await;
     let mut client = go::of_2017(&lab, &domains(SECRET, &["a.example"])).await;
     let chosen = lab.served("a.example", Https).await;

@@ -131,7 +131,7 @@ fn rev_04_every_spelling_is_one_name() {
 }
 
 #[test]
-fn the_exact_name_comes_first_and_then_the_longest_wildcard() {
+fn r_12_the_exact_name_comes_first_and_then_the_longest_wildcard() {
     let table = table("");
     let wide = serve(&table, "a", "1", &["*.ex.org"]);
     let long = serve(&table, "b", "1", &["*.x.ex.org"]);

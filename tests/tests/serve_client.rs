@@ -6,10 +6,10 @@ use std::time::Duration;
 use rvpn_lab::gateway::Gateway;
 use rvpn_lab::machine::Machine;
 use rvpn_lab::serving::{
-    Identity, SOON, connect, echo, http_server, listen, noise, tls_server, visit,
+    Identity, SOON, connect, echo, http_server, listen, noise, resident, tls_server, visit,
 };
 use rvpn_lab::topology::{GW4, at};
-use rvpn_lab::{Helper, Lab, wait_until};
+use rvpn_lab::{Helper, Lab, Ns, wait_until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;
 
@@ -79,21 +79,14 @@ async fn a_visitor_sees_the_servers_own_certificate() {
     wait_until("the session is gone", || gateway.sessions().is_empty());
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
-async fn two_hundred_megabytes_go_both_ways_at_once_and_stay_the_same() {
-    const WHOLE: usize = 200_000_000;
-    let (lab, _helper, gateway, phone) = scene();
-    let identity = Identity::of(SHOP);
-    tls_server(&phone.ns, "127.0.0.1:8443", &identity, echo);
-    let login = phone.login(&gateway, "alice", &[SHOP], &[]);
-    let serve = phone.serving(&login, &["tls://:8443"]);
-    let visitor = visit(&lab.up, SHOP, &identity).await;
+/// Sends so much to a server that sends it back, and compares.
+async fn there_and_back(from: &Ns, name: &str, identity: &Identity, whole: usize) {
+    let visitor = visit(from, name, identity).await;
     let (mut reader, mut writer) = tokio::io::split(visitor);
     let sent = noise(7, 1 << 20);
     let expected = sent.clone();
-    let begun = std::time::Instant::now();
     let writing = tokio::spawn(async move {
-        let mut left = WHOLE;
+        let mut left = whole;
         while left > 0 {
             let n = left.min(sent.len());
             writer.write_all(&sent[..n]).await.expect("a write");
@@ -117,10 +110,66 @@ async fn two_hundred_megabytes_go_both_ways_at_once_and_stay_the_same() {
         }
     }
     writing.await.expect("written");
-    assert_eq!(got, WHOLE);
-    let took = begun.elapsed().as_secs_f64();
-    eprintln!("{:.0} MB/s each way", WHOLE as f64 / took / 1e6);
-    drop(serve);
+    assert_eq!(got, whole);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn two_hundred_megabytes_go_both_ways_at_once_and_stay_the_same() {
+    let (lab, _helper, gateway, phone) = scene();
+    let identity = Identity::of(SHOP);
+    tls_server(&phone.ns, "127.0.0.1:8443", &identity, echo);
+    let login = phone.login(&gateway, "alice", &[SHOP], &[]);
+    let _serve = phone.serving(&login, &["tls://:8443"]);
+    there_and_back(&lab.up, SHOP, &identity, 200_000_000).await;
+}
+
+/// CPU time of each of the gateway's data threads, in clock ticks.
+fn data_threads(pid: u32) -> Vec<u64> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("threads");
+    let stats = tasks.filter_map(|t| std::fs::read_to_string(t.ok()?.path().join("stat")).ok());
+    let ticks = stats.filter_map(|stat| {
+        let (name, rest) = stat.rsplit_once(") ")?;
+        let times = rest.split(' ').skip(11).take(2);
+        let own = times.filter_map(|t| t.parse::<u64>().ok()).sum();
+        name.contains("(rvpn-data-").then_some(own)
+    });
+    ticks.collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn r_22_gigabytes_use_many_cores_and_leave_no_garbage() {
+    const NAMES: [&str; 4] = ["a.example", "b.example", "c.example", "d.example"];
+    // `RVPN_FILE_BYTES` says how much, each way and for each of the four.
+    let given = std::env::var("RVPN_FILE_BYTES").ok();
+    let whole = given.and_then(|b| b.parse().ok()).unwrap_or(60_000_000);
+    let (lab, _helper, gateway, phone) = scene();
+    let mut serving = Vec::new();
+    let mut identities = Vec::new();
+    for (n, name) in NAMES.into_iter().enumerate() {
+        let identity = Identity::of(name);
+        let at = format!("127.0.0.1:{}", 8443 + n);
+        tls_server(&phone.ns, &at, &identity, echo);
+        let login = phone.login(&gateway, name, &[name], &[]);
+        serving.push(phone.serving(&login, &[&format!("tls://{at}"), "--name", name]));
+        identities.push(identity);
+    }
+    let all = async |whole| {
+        let visits = NAMES.iter().zip(&identities);
+        let visits = visits.map(|(name, own)| there_and_back(&lab.up, name, own, whole));
+        futures_util::future::join_all(visits).await;
+    };
+    // What is taken once and kept is there after this.
+    all(8_000_000).await;
+    let before = resident(gateway.pid());
+    all(whole).await;
+    let more = resident(gateway.pid()).saturating_sub(before);
+    assert!(
+        more < 8 << 20,
+        "{more} bytes more after {whole} each way, four times"
+    );
+    let threads = data_threads(gateway.pid());
+    let busy = threads.iter().filter(|ticks| **ticks >= 3).count();
+    assert!(busy >= threads.len().min(4), "{threads:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -366,7 +415,7 @@ async fn the_older_clients_words_serve_by_their_protocol() {
 async fn servers_that_speak_first_are_heard_on_ports_and_by_ssh() {
     let lab = Lab::new();
     let helper = Helper::serving(&lab, "");
-    let gateway = Gateway::start(&lab, &helper, "serve.ssh = \"home.example\"\n");
+    let gateway = Gateway::start(&lab, &helper, "front.ssh = \"home.example\"\n");
     let phone = Machine::new(&lab, "phone", 10);
     for (port, banner) in [
         (2222, "SSH-2.0-of_this_machine\r\n"),
