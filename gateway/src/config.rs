@@ -292,8 +292,8 @@ pub struct Legacy {
     pub secret: Secret,
     /// Names that its tokens may speak for.
     pub domains: Vec<Pattern>,
-    /// TCP ports of the gateway that its tokens may ask for; any, if not said.
-    pub ports: Option<Vec<RangeInclusive<u16>>>,
+    /// TCP ports of the gateway that its tokens may ask for.
+    pub ports: Vec<RangeInclusive<u16>>,
     /// Which older reverse tunnel client its users have, if that is to be
     /// known without looking.
     pub profile: Option<Profile>,

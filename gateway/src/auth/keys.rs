@@ -64,7 +64,7 @@ pub(super) struct Block {
     pub(super) key: DecodingKey,
     pub(super) class: Class,
     pub(super) names: Vec<Pattern>,
-    pub(super) ports: Option<Vec<RangeInclusive<u16>>>,
+    pub(super) ports: Vec<RangeInclusive<u16>>,
     pub(super) profile: Option<Profile>,
     secret: config::Secret,
 }

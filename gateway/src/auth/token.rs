@@ -194,10 +194,8 @@ impl KeyRing {
         } = &claims;
         let rights = Rights::claimed(domains.as_deref(), name.as_deref(), ports.as_deref())?;
         let mut rights = rights.within(&block.names);
-        if let Some(allowed) = &block.ports {
-            let inside = |port: &u16| allowed.iter().any(|range| range.contains(port));
-            rights.ports.retain(inside);
-        }
+        let inside = |port: &u16| block.ports.iter().any(|range| range.contains(port));
+        rights.ports.retain(inside);
         Ok(Accepted {
             account: Arc::clone(&block.account),
             subject: subject.unwrap_or_else(|| Arc::clone(&block.account)),

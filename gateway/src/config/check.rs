@@ -323,7 +323,7 @@ fn one_legacy(raw: raw::Legacy, base: &Path) -> Checked<Legacy> {
             .map_err(|why| wrong(&format!("\"{domain}\" is no domain: {why}")))?;
         domains.push(pattern);
     }
-    let ports = raw.ports.map(ports).transpose().map_err(|e| wrong(&e))?;
+    let ports = ports(raw.ports).map_err(|e| wrong(&e))?;
     let profile = raw.profile.map(|p| profile(&p)).transpose();
     let profile = profile.map_err(|e| wrong(&e))?;
     Ok(Legacy {

@@ -204,7 +204,8 @@ pub(super) struct Legacy {
     pub(super) secret_file: Option<PathBuf>,
     #[serde(default)]
     pub(super) domains: Vec<String>,
-    pub(super) ports: Option<Vec<Ports>>,
+    #[serde(default)]
+    pub(super) ports: Vec<Ports>,
     pub(super) profile: Option<String>,
     #[serde(default)]
     pub(super) class: u8,

@@ -261,7 +261,7 @@ fn older_tunnel_clients_are_let_in_where_a_block_has_names_for_them() {
     assert!(!with(block).unwrap().packer.enabled);
     let config = with(&named).unwrap();
     assert!(config.packer.enabled);
-    assert_eq!(config.legacy[0].ports, Some(vec![80..=80, 90..=99]));
+    assert_eq!(config.legacy[0].ports, [80..=80, 90..=99]);
     let off = format!("[packer]\nenabled = false\n{named}");
     assert!(!with(&off).unwrap().packer.enabled);
     let on = with("[packer]\nenabled = true\nprofile = \"node-2018\"\n").unwrap();

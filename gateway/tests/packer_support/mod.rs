@@ -64,6 +64,7 @@ const USUAL: &str = r#"
 name = "old"
 secret = "abc123"
 domains = ["a.example", "*.a.example", "127.0.0.1"]
+ports = ["1024-65535"]
 [[legacy]]
 name = "other"
 secret = "shhhhh"
