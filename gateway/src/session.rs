@@ -146,7 +146,8 @@ impl admit::Sessions for Sessions {
     fn admit(&self, admission: Admission, mut io: Io, read_ahead: Bytes) {
         let shared = Arc::clone(&self.0);
         let seat = shared.cores.least_loaded();
-        self.0.cores.spawn(seat.core(), async move {
+        let core = seat.core();
+        let task = async move {
             if let Err(error) = io.rehome() {
                 debug!(%error, "cannot move a connection to a data core");
                 return;
@@ -162,7 +163,10 @@ impl admit::Sessions for Sessions {
             };
             let socket = Socket::limited(io, read_ahead, limit).await;
             shared.begin(admission, socket, seat).await;
-        });
+        };
+        // Boxed: what the connection remembers of this task, as one that waited
+        // for it, must not keep the memory of a login.
+        self.0.cores.spawn(core, Box::pin(task));
     }
 
     fn tunnel(&self, arrival: packer::Arrival, io: Io, read_ahead: Bytes) {

@@ -147,7 +147,9 @@ impl<P: Protocol> Arrival<P> {
                 on.cores.spawn(core, session.carry().instrument(kept));
             }
         };
-        shared.cores.spawn(core, task.instrument(span));
+        // Boxed, since a task's own memory lasts as long as anybody could wake
+        // it, and the connection remembers who last waited for it to be written.
+        shared.cores.spawn(core, Box::pin(task.instrument(span)));
     }
 
     async fn start(mut self, shared: &Arc<Shared>) -> Option<Box<Running<P>>> {
