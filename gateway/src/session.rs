@@ -6,6 +6,7 @@ pub mod directory;
 pub mod drive;
 pub mod hub;
 pub mod lease;
+pub mod mailbox;
 mod native;
 mod packets;
 pub mod transport;
