@@ -57,7 +57,7 @@ pub struct Shared {
     pub helper: Helper,
     pub meter: Arc<Meter>,
     pub tickets: TicketKey,
-    pub settings: Settings,
+    pub settings: Arc<Settings>,
     /// Who serves what to the world.
     pub table: Arc<Table>,
     /// For what must not run on a data core, such as resolving names.
@@ -81,7 +81,7 @@ impl Shared {
             helper,
             meter,
             tickets,
-            settings,
+            settings: Arc::new(settings),
             table,
             control: Handle::current(),
             spread: AtomicU64::new(0),
