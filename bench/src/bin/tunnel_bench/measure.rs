@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::args::Plan;
-use crate::load::{self, Span};
+use crate::crowd::Crowd;
+use crate::load;
 use crate::results::Results;
 use crate::road::{ALL, Kind, Road};
-use crate::rough::{self, Crowd};
+use crate::rough;
 use crate::rtt::{self, Trips};
 use crate::stage::{FAR, Stage, UDP};
 use crate::tls::Tls;
@@ -20,7 +21,7 @@ pub(crate) const STREAMS: [usize; 3] = [1, 4, 10];
 pub(crate) const SIZES: [usize; 3] = [64, 512, 1400];
 /// Streams under which round trips are measured.
 pub(crate) const LOADED: usize = 10;
-const OURS: Kind = Kind::Ours { offload: true };
+pub(crate) const OURS: Kind = Kind::Ours { offload: true };
 /// Between two echo requests.
 const EVERY: Duration = Duration::from_millis(5);
 /// What is on the way when a load ends is gone after this.
@@ -48,9 +49,6 @@ fn chosen(plan: &Plan, results: &mut Results) -> Vec<Kind> {
     kinds
 }
 
-/// Numbers of the machines that are busy together.
-const CROWD: u8 = 40;
-
 /// Builds the laboratory and plays all rounds in it.
 pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
     let mut results = Results::default();
@@ -74,7 +72,7 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
     }
     let mut crowd = None;
     if plan.many {
-        match guarded(|| Ok(Crowd::new(&stage, CROWD))) {
+        match guarded(|| Ok(Crowd::new(&stage))) {
             Ok(made) => crowd = Some(made),
             Err(e) => note(&mut results, OURS, "no crowd", &e),
         }
@@ -131,7 +129,7 @@ fn kinds(roads: &[Road]) -> Vec<Kind> {
 }
 
 /// The laboratory panics when something does not come about; others go on.
-fn guarded<T>(f: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+pub(crate) fn guarded<T>(f: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
         let words = panic.downcast_ref::<String>().cloned();
         let words = words.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
@@ -139,7 +137,7 @@ fn guarded<T>(f: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     })
 }
 
-fn note(results: &mut Results, kind: Kind, what: &str, e: &dyn std::fmt::Display) {
+pub(crate) fn note(results: &mut Results, kind: Kind, what: &str, e: &dyn std::fmt::Display) {
     let first = e.to_string().lines().next().unwrap_or_default().to_owned();
     let note = format!("{}: {what}: {first}", kind.name());
     eprintln!("{note}");
@@ -173,11 +171,7 @@ fn one(
             let load = || {
                 let listener = road.listener(stage);
                 let pairs = load::connect(road.client(), road.to, listener, streams)?;
-                let span = Span {
-                    warm: plan.warm,
-                    count: plan.count,
-                };
-                Ok(load::run(pairs, way, span, &road.who, tls)?)
+                Ok(load::run(pairs, way, plan.span(), &road.who, tls)?)
             };
             let moved = if packets && streams == LOADED {
                 let (moved, trips) = trips(road, load)?;

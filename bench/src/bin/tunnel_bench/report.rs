@@ -4,12 +4,13 @@ use std::fmt::Write as _;
 
 use crate::Way;
 use crate::args::Plan;
+use crate::crowd::MANY;
 use crate::idle::Cost;
 use crate::machine::Machine;
 use crate::measure::{SIZES, STREAMS};
 use crate::results::{Middle, Results};
 use crate::road::Kind;
-use crate::rough::{LOSSES, MANY};
+use crate::rough::LOSSES;
 use crate::targets;
 
 /// Everything of one run.

@@ -12,7 +12,7 @@ use rvpn_lab::topology::{FAR4, GW4, NB4};
 use crate::cpu::Who;
 use crate::peers::{Ocserv, OpenVpn, STUNNEL, Stunnel, WireGuard, find, version};
 use crate::rtt;
-use crate::stage::{FAR, Stage, far_tcp};
+use crate::stage::{FAR, Stage, client, far_tcp};
 use crate::tls;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -174,7 +174,7 @@ pub(crate) enum Open<'a> {
 
 impl Road {
     pub(crate) fn new(stage: &Stage, kind: Kind, name: &'static str, n: u8) -> Outcome<Road> {
-        let machine = stage.client(name, n);
+        let machine = client(&stage.lab, name, n);
         let nb = &stage.lab.nb;
         let dir = stage.lab.dir.join(format!("peer-{name}"));
         fs::create_dir_all(&dir)?;
