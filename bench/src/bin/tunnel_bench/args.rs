@@ -13,7 +13,7 @@ usage: tunnel_bench [--quick] [--rounds N] [--seconds S] [--peers NAME,...|none]
   --quick     one short round and 100 idle clients, to see that it works
   --rounds    rounds, each measuring everything once (5)
   --seconds   counted for each TCP figure (1)
-  --peers     openvpn, ocserv, wireguard-go, stunnel (all that are installed)
+  --peers     openvpn, ocserv, wireguard-go, boringtun, stunnel (all that are installed)
   --ways      only these, as the tables call them, with - for a space
   --parts     tcp (with round trips), udp, rough (loss, a narrow road), delay (a long
               road), many (busy clients at once), cores (four busy clients on one core
@@ -56,7 +56,7 @@ pub(crate) struct Plan {
 }
 
 const PARTS: [&str; 7] = ["tcp", "udp", "rough", "delay", "many", "cores", "devices"];
-const PEERS: [&str; 4] = ["openvpn", "ocserv", "wireguard-go", "stunnel"];
+const PEERS: [&str; 5] = ["openvpn", "ocserv", "wireguard-go", "boringtun", "stunnel"];
 
 impl Plan {
     pub(crate) fn new(given: impl Iterator<Item = String>) -> Result<Plan, String> {

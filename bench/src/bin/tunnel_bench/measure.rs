@@ -11,6 +11,8 @@ use crate::results::Results;
 use crate::road::{ALL, Kind, Road};
 use crate::rough;
 use crate::rtt::{self, Trips};
+use crate::schedule::{self, Part};
+use crate::slow::{self, Hill};
 use crate::stage::{FAR, Stage, UDP};
 use crate::tls::Tls;
 use crate::{Way, udp};
@@ -58,7 +60,9 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
         results.notes.push(note.to_owned());
     }
     let tls = Tls::new()?;
-    let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"];
+    let names = [
+        "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m",
+    ];
     let mut roads = Vec::new();
     for ((kind, name), n) in chosen(plan, &mut results)
         .into_iter()
@@ -77,6 +81,15 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
             Err(e) => note(&mut results, OURS, "no crowd", &e),
         }
     }
+    let mut hill = None;
+    if plan.delay {
+        match guarded(|| Ok(Hill::new(&stage))) {
+            Ok(made) => hill = Some(made),
+            Err(e) => note(&mut results, OURS, "no long roads", &e),
+        }
+    }
+    let estimate = schedule::estimate(plan, &kinds(&roads)).as_secs();
+    eprintln!("about {} minutes", estimate.div_ceil(60));
     let begun = Instant::now();
     for round in 0..plan.rounds {
         // Another order each round, so that nobody always comes after the same.
@@ -90,20 +103,32 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
                 plan.rounds,
                 kind.name()
             );
-            if let Err(e) = guarded(|| one(&stage, road, plan, &tls, round, &mut results)) {
-                note(
-                    &mut results,
-                    kind,
-                    &format!("failed in round {}", round + 1),
-                    &e,
-                );
+            let due = |part| schedule::due(plan, part, kind, round);
+            let mut tried = |what: &str, f: &dyn Fn(&mut Results) -> Outcome<()>| {
+                if let Err(e) = guarded(|| f(&mut results)) {
+                    note(
+                        &mut results,
+                        kind,
+                        &format!("{what}, in round {}", round + 1),
+                        &e,
+                    );
+                }
+            };
+            if due(Part::Tcp) || due(Part::Udp) {
+                let f = |results: &mut Results| one(&stage, road, plan, &tls, round, results);
+                tried("failed", &f);
             }
-            if plan.rough
-                && let Err(e) =
-                    guarded(|| rough::roads(&stage, road, plan, &tls, round, &mut results))
+            if due(Part::Rough) {
+                let f =
+                    |results: &mut Results| rough::roads(&stage, road, plan, &tls, round, results);
+                tried("on bad roads", &f);
+            }
+            if due(Part::Delay)
+                && let Some(hill) = &hill
             {
-                let what = format!("on bad roads, in round {}", round + 1);
-                note(&mut results, kind, &what, &e);
+                let f =
+                    |results: &mut Results| slow::roads(&stage, hill, road, plan, round, results);
+                tried("on long roads", &f);
             }
             if begun.elapsed() > plan.limit {
                 results.notes.push(format!(
@@ -154,10 +179,11 @@ fn one(
 ) -> Outcome<()> {
     let (open, connect) = road.open()?;
     let kind = road.kind;
+    let due = |part| schedule::due(plan, part, kind, round);
     let millis = connect.map(|c| c.as_secs_f64() * 1e3);
     results.put(kind, "connect", round, millis);
     let packets = kind.carries_packets();
-    if packets {
+    if packets && due(Part::Tcp) {
         std::thread::sleep(QUIET);
         let trips = trips(road, || {
             std::thread::sleep(plan.idle);
@@ -166,7 +192,7 @@ fn one(
         record(results, kind, "rtt.idle", round, &trips.1);
     }
     for way in Way::BOTH {
-        for streams in STREAMS.into_iter().filter(|_| plan.tcp) {
+        for streams in STREAMS.into_iter().filter(|_| due(Part::Tcp)) {
             let tls = (kind == Kind::RawTls).then_some(tls);
             let load = || {
                 let listener = road.listener(stage);
@@ -186,7 +212,7 @@ fn one(
             std::thread::sleep(QUIET);
         }
     }
-    if packets && plan.udp {
+    if due(Part::Udp) {
         let sizes = if plan.quick { &SIZES[..1] } else { &SIZES[..] };
         for size in sizes {
             for way in Way::BOTH {

@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use rvpn_lab::Ns;
+use rvpn_lab::topology::FAR4;
 
 use crate::Way;
 use crate::args::Plan;
@@ -10,6 +11,7 @@ use crate::load::{self, Span};
 use crate::measure::{LOADED, Outcome, record, trips};
 use crate::results::Results;
 use crate::road::{Kind, Road};
+use crate::schedule::{self, Part};
 use crate::stage::Stage;
 use crate::tls::Tls;
 
@@ -45,20 +47,9 @@ impl<'a> Condition<'a> {
 
     /// The client and the gateways do not hear all of each other.
     fn loss(client: &'a Ns, address: &str, gateways: [&'a Ns; 2], n: u32) -> Condition<'a> {
-        let deaf = |ns: &Ns, which: &str| {
-            // What is lost is a packet of the wire and not one of 64 KiB.
-            ns.ip("link set wan0 gso_max_segs 1");
-            let rules = format!(
-                "add table ip rough; \
-                 add chain ip rough in {{ type filter hook prerouting priority -300; }}; \
-                 add rule ip rough in iifname \"wan0\" ip {which} {address} \
-                 numgen random mod 1000 < {n} drop"
-            );
-            ns.sh("nft", &[&rules]);
-        };
-        deaf(client, "daddr");
+        deaf(client, &format!("ip daddr {address}"), n);
         for gateway in gateways {
-            deaf(gateway, "saddr");
+            deaf(gateway, &format!("ip saddr {address}"), n);
         }
         let [one, other] = gateways;
         Condition {
@@ -66,6 +57,31 @@ impl<'a> Condition<'a> {
             wrong: Wrong::Loss,
         }
     }
+
+    /// The gateways and the far side do not.
+    fn far(far: &'a Ns, gateways: [&'a Ns; 2], n: u32) -> Condition<'a> {
+        deaf(far, &format!("ip daddr {FAR4}"), n);
+        for gateway in gateways {
+            deaf(gateway, &format!("ip saddr {FAR4}"), n);
+        }
+        let [one, other] = gateways;
+        Condition {
+            ends: vec![far, one, other],
+            wrong: Wrong::Loss,
+        }
+    }
+}
+
+/// Of a thousand such packets from the wire a host does not hear so many.
+fn deaf(ns: &Ns, which: &str, n: u32) {
+    // What is lost is a packet of the wire and not one of 64 KiB.
+    ns.ip("link set wan0 gso_max_segs 1");
+    let rules = format!(
+        "add table ip rough; \
+         add chain ip rough in {{ type filter hook prerouting priority -300; }}; \
+         add rule ip rough in iifname \"wan0\" {which} numgen random mod 1000 < {n} drop"
+    );
+    ns.sh("nft", &[&rules]);
 }
 
 impl Drop for Condition<'_> {
@@ -107,13 +123,27 @@ pub(crate) fn roads(
         let pairs = load::connect(road.client(), road.to, listener, streams)?;
         Ok(load::run(pairs, way, span, &road.who, tls)?)
     };
+    let rougher = schedule::due(plan, Part::Rougher, kind, round);
     for thousandth in LOSSES {
+        if thousandth > LOSSES[0] && !rougher {
+            continue;
+        }
         // Before anything connects: how much a socket sends at once is kept.
         let _condition = Condition::loss(road.client(), &near, gateways, thousandth);
         let (open, _) = road.open()?;
         for way in Way::BOTH {
             let moved = load(way, STREAMS)?;
             let key = format!("loss{thousandth}.{}", way.name());
+            results.put(kind, &key, round, Some(moved.gigabits() * 1e3));
+        }
+        open.close();
+    }
+    if rougher {
+        let _condition = Condition::far(&stage.lab.up, gateways, LOSSES[0]);
+        let (open, _) = road.open()?;
+        for way in Way::BOTH {
+            let moved = load(way, STREAMS)?;
+            let key = format!("far{}.{}", LOSSES[0], way.name());
             results.put(kind, &key, round, Some(moved.gigabits() * 1e3));
         }
         open.close();

@@ -26,7 +26,6 @@ const BUILT: Duration = Duration::from_secs(240);
 const ANSWERED: Duration = Duration::from_secs(60);
 /// Leases beside those that are counted.
 const SPARE: usize = 12;
-/// Rounds with few and many devices, whose difference is small.
 const DEVICE_ROUNDS: u32 = 9;
 pub(crate) const FEW: usize = 10;
 pub(crate) const MANY_DEVICES: usize = 10_000;
@@ -211,6 +210,15 @@ pub(crate) fn idle(
     compare(plan, plan.rounds, sides, results)
 }
 
+/// Enough for a difference that is small.
+pub(crate) fn rounds_of_devices(plan: &Plan) -> u32 {
+    if plan.quick {
+        plan.rounds
+    } else {
+        plan.rounds.max(DEVICE_ROUNDS)
+    }
+}
+
 /// One client where few devices are provisioned, and where many are.
 pub(crate) fn devices(plan: &Plan, results: &mut Results) -> Outcome<()> {
     let side = |slots| Side {
@@ -220,13 +228,11 @@ pub(crate) fn devices(plan: &Plan, results: &mut Results) -> Outcome<()> {
         streams: 4,
         extra: String::new(),
     };
-    let (rounds, many) = if plan.quick {
-        (plan.rounds, 100)
-    } else {
-        (plan.rounds.max(DEVICE_ROUNDS), MANY_DEVICES)
-    };
-    let sides = [("devices.few", side(FEW)), ("devices.many", side(many))];
-    compare(plan, rounds, sides, results)?.1
+    let sides = [
+        ("devices.few", side(FEW)),
+        ("devices.many", side(MANY_DEVICES)),
+    ];
+    compare(plan, rounds_of_devices(plan), sides, results)?.1
 }
 
 /// Several busy clients on one core of the gateway, and on all.
