@@ -208,14 +208,7 @@ fn ours(
     name: &'static str,
     more: &[&str],
 ) -> Outcome<Road> {
-    let words = [
-        "invite",
-        machine.ns.name,
-        "--address",
-        GW4,
-        "--name",
-        name,
-    ];
+    let words = ["invite", machine.ns.name, "--address", GW4, "--name", name];
     let link = operator(lab, gateway, &words).good();
     machine
         .rvpn(&["join", link.trim(), "--name", "home"])
