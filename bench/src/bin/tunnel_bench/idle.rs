@@ -5,11 +5,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt};
-use rvpn_lab::tunnel_client::{Event, Login, Session, Speech, Target, on};
+use rvpn_lab::tunnel_client::{Event, Login, Session, Speech, Target};
 use rvpn_lab::{Gateway, Lab};
 use tokio::sync::watch;
 use tokio::task::JoinHandle as JoinTask;
-use tokio::time::timeout;
 
 use crate::cpu::{self, Who};
 
@@ -26,8 +25,6 @@ const SETTLE_FIRST: Duration = Duration::from_millis(300);
 const AT_ONCE: usize = 32;
 /// For buffers that are given back when nothing comes.
 const SETTLE: Duration = Duration::from_secs(3);
-/// Between two looks at a connection on which nothing comes.
-const AGAIN: Duration = Duration::from_secs(10);
 /// In which nobody says anything.
 const WATCHED: Duration = Duration::from_secs(5);
 
@@ -72,18 +69,27 @@ impl Idle {
         let (stop, stopped) = watch::channel(false);
         let (tell, told) = channel();
         let thread = std::thread::spawn(move || {
-            on(&phone, async || {
-                // The first one pays for what all share.
-                drop(open(&target, &first).await);
-                tokio::time::sleep(SETTLE_FIRST).await;
-                let (kept, mut cost) = connect(&target, &tokens, &who, &stopped).await;
-                cost.device = device;
-                // Whoever asked may have given up.
-                let _ = tell.send(cost);
-                for task in kept {
-                    // One that was cut off is counted by what it cost until then.
-                    let _ = task.await;
-                }
+            // Those that are there are answered for while others connect.
+            phone.run(|| {
+                let runtime = tokio::runtime::Builder::new_multi_thread()
+                    .worker_threads(2)
+                    .enable_all()
+                    .build()
+                    .expect("runtime");
+                let part = async {
+                    // The first one pays for what all share.
+                    drop(open(&target, &first).await);
+                    tokio::time::sleep(SETTLE_FIRST).await;
+                    let (kept, mut cost) = connect(&target, &tokens, &who, &stopped).await;
+                    cost.device = device;
+                    // Whoever asked may have given up.
+                    let _ = tell.send(cost);
+                    for task in kept {
+                        // One that was cut off is counted by what it cost until then.
+                        let _ = task.await;
+                    }
+                };
+                runtime.block_on(part);
             });
         });
         let thread = Some(thread);
@@ -144,9 +150,8 @@ async fn connect(
             loop {
                 tokio::select! {
                     _ = stopped.wait_for(|stop| *stop) => return,
-                    // The laboratory fails one that waits too long in vain.
-                    said = timeout(AGAIN, session.rx.event()) => {
-                        if matches!(said, Ok(Event::Closed(_))) {
+                    said = session.rx.wait() => {
+                        if matches!(said, Event::Closed(_)) {
                             return;
                         }
                     }
