@@ -68,6 +68,17 @@ pub struct Usage {
     pub totals: Totals,
 }
 
+/// Enough of a row to tell whether it has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// The session.
+    pub session: u128,
+    /// All its counters together. They only grow, so if any does, this does.
+    pub sum: u64,
+    /// Whether it is over.
+    pub ended: bool,
+}
+
 /// Why there is no table.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot use the meter file {path}: {error}")]
@@ -196,6 +207,19 @@ impl Meter {
             .unwrap_or_else(PoisonError::into_inner)
             .used;
         read_rows(&self.table.words, used)
+    }
+
+    /// Shows every row's mark to `which`, and reads those that it picks.
+    pub fn pick(&self, mut which: impl FnMut(usize, Mark) -> bool) -> Vec<Usage> {
+        let used = self
+            .slots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .used;
+        let rows = rows(&self.table.words, used).enumerate();
+        rows.filter(|(index, row)| mark(row).is_some_and(|mark| which(*index, mark)))
+            .filter_map(|(_, row)| read_row(row))
+            .collect()
     }
 
     /// Frees rows of ended sessions, once the store has them.
@@ -353,12 +377,28 @@ impl Orphan {
 }
 
 fn read_rows(words: &Words, rows: usize) -> Vec<(usize, Usage)> {
-    words.all()[ROW..]
-        .chunks_exact(ROW)
-        .take(rows)
+    self::rows(words, rows)
         .enumerate()
         .filter_map(|(i, row)| Some((i, read_row(row)?)))
         .collect()
+}
+
+fn rows(words: &Words, used: usize) -> impl Iterator<Item = &[AtomicU64]> {
+    words.all()[ROW..].chunks_exact(ROW).take(used)
+}
+
+fn mark(words: &[AtomicU64]) -> Option<Mark> {
+    let state = words[STATE].load(Ordering::Acquire);
+    if state != LIVE && state != OVER {
+        return None;
+    }
+    let at = |i: usize| words[i].load(Ordering::Relaxed);
+    let counts = COUNTS..COUNTS + 2 * SIDE;
+    Some(Mark {
+        session: u128::from(at(SESSION)) << 64 | u128::from(at(SESSION + 1)),
+        sum: counts.map(at).fold(0, u64::wrapping_add),
+        ended: state == OVER,
+    })
 }
 
 fn read_row(words: &[AtomicU64]) -> Option<Usage> {

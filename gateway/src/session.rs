@@ -6,6 +6,7 @@ pub mod directory;
 pub mod drive;
 pub mod hub;
 pub mod lease;
+pub mod mailbox;
 mod native;
 mod packets;
 pub mod transport;
@@ -56,7 +57,7 @@ pub struct Shared {
     pub helper: Helper,
     pub meter: Arc<Meter>,
     pub tickets: TicketKey,
-    pub settings: Settings,
+    pub settings: Arc<Settings>,
     /// Who serves what to the world.
     pub table: Arc<Table>,
     /// For what must not run on a data core, such as resolving names.
@@ -80,7 +81,7 @@ impl Shared {
             helper,
             meter,
             tickets,
-            settings,
+            settings: Arc::new(settings),
             table,
             control: Handle::current(),
             spread: AtomicU64::new(0),
@@ -146,7 +147,8 @@ impl admit::Sessions for Sessions {
     fn admit(&self, admission: Admission, mut io: Io, read_ahead: Bytes) {
         let shared = Arc::clone(&self.0);
         let seat = shared.cores.least_loaded();
-        self.0.cores.spawn(seat.core(), async move {
+        let core = seat.core();
+        let task = async move {
             if let Err(error) = io.rehome() {
                 debug!(%error, "cannot move a connection to a data core");
                 return;
@@ -162,7 +164,10 @@ impl admit::Sessions for Sessions {
             };
             let socket = Socket::limited(io, read_ahead, limit).await;
             shared.begin(admission, socket, seat).await;
-        });
+        };
+        // Boxed: what the connection remembers of this task, as one that waited
+        // for it, must not keep the memory of a login.
+        self.0.cores.spawn(core, Box::pin(task));
     }
 
     fn tunnel(&self, arrival: packer::Arrival, io: Io, read_ahead: Bytes) {

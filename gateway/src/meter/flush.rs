@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
 
-use super::{Meter, Orphan, Totals, Usage};
+use super::{Meter, Orphan, Usage};
 
 /// How much a crash of the store's machine can lose.
 const EVERY: Duration = Duration::from_secs(1);
@@ -29,7 +29,8 @@ pub trait UsageStore: Send + Sync + 'static {
 pub struct Flusher<S> {
     meter: Arc<Meter>,
     store: Arc<S>,
-    stored: HashMap<u128, (Totals, bool)>,
+    /// By session: its counters' sum, and whether it was over.
+    stored: HashMap<u128, (u64, bool)>,
     orphans: Vec<Orphan>,
     failing: bool,
 }
@@ -117,24 +118,23 @@ impl<S: UsageStore> Flusher<S> {
                 warn!(%error, "cannot remove a meter file; its rows will be written again");
             }
         }
-        let rows = self.meter.usage();
-        let (mut changed, mut over) = (Vec::new(), Vec::new());
-        for (index, usage) in rows {
-            let ended = usage.ended_ms.is_some();
-            if ended {
-                over.push((index, usage.session));
+        let (mut marks, mut over) = (Vec::new(), Vec::new());
+        let changed = self.meter.pick(|index, mark| {
+            if mark.ended {
+                over.push((index, mark.session));
             }
-            if self.stored.get(&usage.session) != Some(&(usage.totals, ended)) {
-                changed.push(usage);
+            let known = (mark.sum, mark.ended);
+            let changed = self.stored.get(&mark.session) != Some(&known);
+            if changed {
+                // What is read of it next may be newer; then it is written again.
+                marks.push((mark.session, known));
             }
-        }
+            changed
+        });
         if !changed.is_empty() {
             self.store.put_usage(&changed)?;
         }
-        for usage in changed {
-            self.stored
-                .insert(usage.session, (usage.totals, usage.ended_ms.is_some()));
-        }
+        self.stored.extend(marks);
         for (_, session) in &over {
             self.stored.remove(session);
         }
@@ -152,6 +152,7 @@ pub fn now_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::meter::Totals;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, Ordering};
 

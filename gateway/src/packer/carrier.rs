@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use super::pipe::End;
 use crate::cores::CoreId;
 use crate::serve::{Carrier, OpenError, Opening, Stream, Visit};
-use crate::session::hub::Order;
+use crate::session::hub::{Order, Orders};
 
 /// Visitors who may wait to be let in; the tunnel takes them at once.
 pub(super) const ASKS: usize = 256;
@@ -26,7 +26,7 @@ pub(super) enum Ask {
 /// The way to a tunnel.
 pub(super) struct Way {
     pub(super) asks: mpsc::Sender<Ask>,
-    pub(super) orders: mpsc::Sender<Order>,
+    pub(super) orders: Orders,
     pub(super) core: CoreId,
 }
 
@@ -57,7 +57,7 @@ impl Carrier for Way {
     }
 
     fn end(&self, code: u16, reason: &'static str) {
-        drop(self.orders.try_send(Order::End {
+        drop(self.orders.leave(Order::End {
             code,
             reason,
             retry_after: None,

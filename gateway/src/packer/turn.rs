@@ -21,6 +21,7 @@ use super::carrier::Ask;
 use super::tunnel::{Over, State};
 use crate::cores::Load;
 use crate::session::hub::Order;
+use crate::session::mailbox::Mailbox;
 use crate::session::transport::{Broken, Incoming, Socket, Transport};
 
 /// Frames of a client that is logged in. What a visitor is sent may be longer
@@ -62,7 +63,7 @@ pub(super) struct Run {
     pub(super) state: State,
     decoder: Decoder,
     asks: mpsc::Receiver<Ask>,
-    orders: mpsc::Receiver<Order>,
+    orders: Mailbox<Order>,
     /// What has been read of the client and waits for room.
     input: Bytes,
     held: Option<Held>,
@@ -113,7 +114,7 @@ impl Run {
         socket: Socket,
         state: State,
         asks: mpsc::Receiver<Ask>,
-        orders: mpsc::Receiver<Order>,
+        orders: Mailbox<Order>,
     ) -> Run {
         let now = Instant::now();
         let stranger = state.is_stranger();
@@ -168,7 +169,7 @@ impl Run {
 
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<Over> {
         let now = Instant::now();
-        if let Poll::Ready(Some(order)) = self.orders.poll_recv(cx) {
+        if let Poll::Ready(order) = self.orders.poll(cx) {
             return Poll::Ready(match order {
                 Order::End { code, reason, .. } => Over::Close(code, reason),
                 // There is no lease to hand over; nobody asks for it.

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rvpn_ipc::{Key, Reply};
-use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_tungstenite::tungstenite::Message;
 use tracing::{Instrument, debug, info, info_span, warn};
@@ -17,6 +16,7 @@ use super::Shared;
 use super::drive::{Carriage, Drive, End, Patience};
 use super::hub::{Card, Claim, Entry, Handed, SessionId, orders};
 use super::lease::{Refusal, obtain};
+use super::mailbox::{Slot, mailbox};
 use super::transport::{Socket, Transport as _};
 use crate::admit::Admission;
 use crate::cores::Seat;
@@ -88,7 +88,7 @@ pub struct Place {
     /// The ticket for next time, sealed.
     pub ticket: Option<String>,
     /// Where control messages made elsewhere go.
-    pub answers: mpsc::Sender<Message>,
+    pub answers: Slot<Message>,
 }
 
 impl Place {
@@ -147,7 +147,9 @@ impl<P: Protocol> Arrival<P> {
                 on.cores.spawn(core, session.carry().instrument(kept));
             }
         };
-        shared.cores.spawn(core, task.instrument(span));
+        // Boxed, since a task's own memory lasts as long as anybody could wake
+        // it, and the connection remembers who last waited for it to be written.
+        shared.cores.spawn(core, Box::pin(task.instrument(span)));
     }
 
     async fn start(mut self, shared: &Arc<Shared>) -> Option<Box<Running<P>>> {
@@ -198,7 +200,7 @@ impl<P: Protocol> Arrival<P> {
                 return None;
             }
         };
-        let (answers, answer_rx) = mpsc::channel(ANSWERS);
+        let (answers, answer_rx) = mailbox(ANSWERS);
         let place = Place {
             session: id,
             reply: lease.reply,

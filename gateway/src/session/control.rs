@@ -9,12 +9,13 @@ use rvpn_proto::control::{
 };
 use tokio::net::lookup_host;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
 use tracing::warn;
 
 use super::drive::End;
+use super::mailbox::Slot;
 use crate::meter::{Side, Totals};
 
 /// How long a name may take to resolve.
@@ -30,13 +31,13 @@ const ADDRESSES: usize = 16;
 pub(super) struct Desk {
     /// Where names are resolved, never on a data core.
     runtime: Handle,
-    answers: mpsc::Sender<Message>,
+    answers: Slot<Message>,
     /// One permit a name in resolution.
     resolving: Arc<Semaphore>,
 }
 
 impl Desk {
-    pub(super) fn new(runtime: Handle, answers: mpsc::Sender<Message>) -> Desk {
+    pub(super) fn new(runtime: Handle, answers: Slot<Message>) -> Desk {
         Desk {
             runtime,
             answers,
@@ -106,7 +107,7 @@ impl Desk {
             };
             if let Some(message) = encode(&Control::Resolved(resolved)) {
                 // A session that ended, or does not read, does without.
-                drop(answers.try_send(message));
+                drop(answers.leave(message));
             }
         });
         None

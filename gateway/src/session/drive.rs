@@ -15,12 +15,13 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use rvpn_proto::queue::Pace;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_tungstenite::tungstenite::Message;
 
 use super::hub::{Handed, Order};
+use super::mailbox::Mailbox;
 use super::transport::{Broken, Incoming, Transport};
 use crate::cores::Load;
 use crate::meter::{Row, Totals};
@@ -174,9 +175,9 @@ pub struct Drive<T, C> {
     /// Shows others what waits.
     pub gauge: Arc<Gauge>,
     pub totals: Totals,
-    pub orders: mpsc::Receiver<Order>,
+    pub orders: Mailbox<Order>,
     /// Control messages made elsewhere, such as a resolved name.
-    pub answers: mpsc::Receiver<Message>,
+    pub answers: Mailbox<Message>,
     /// Ends when something outside ends the session: revocation, expiry, the helper.
     pub outside: Pin<Box<dyn Future<Output = End> + Send>>,
     /// What the connection had carried before its meter row was opened.
@@ -207,8 +208,8 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         tun: Tun,
         row: Row,
         gauge: Arc<Gauge>,
-        orders: mpsc::Receiver<Order>,
-        answers: mpsc::Receiver<Message>,
+        orders: Mailbox<Order>,
+        answers: Mailbox<Message>,
         outside: Pin<Box<dyn Future<Output = End> + Send>>,
         patience: Patience,
     ) -> Drive<T, C> {
@@ -268,7 +269,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
 
     fn turn(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<End> {
         let now = Instant::now();
-        if let Poll::Ready(Some(order)) = self.orders.poll_recv(cx) {
+        if let Poll::Ready(order) = self.orders.poll(cx) {
             return Poll::Ready(match order {
                 Order::End {
                     code,
@@ -403,7 +404,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         if self.flushing && !self.flush(cx, now)? {
             return Ok(false);
         }
-        while let Poll::Ready(Some(answer)) = self.answers.poll_recv(cx) {
+        while let Poll::Ready(answer) = self.answers.poll(cx) {
             self.transport.feed(answer)?;
             self.flushing = true;
         }

@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use rvpn_ipc::Key;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
+use super::mailbox::{Mailbox, Slot, mailbox};
 use crate::admit::TokenId;
 use crate::cores::CoreId;
 use crate::helper::Lease;
@@ -94,7 +95,7 @@ struct Inner {
 #[derive(Debug)]
 struct Live {
     card: Card,
-    orders: mpsc::Sender<Order>,
+    orders: Orders,
 }
 
 /// What is remembered of a lease key.
@@ -112,7 +113,7 @@ struct Place {
 struct Holder {
     claim: u64,
     core: CoreId,
-    orders: mpsc::Sender<Order>,
+    orders: Orders,
 }
 
 /// A connection's hold on its lease key, given up by dropping it.
@@ -129,12 +130,15 @@ pub struct Former {
     /// Where the client lives.
     pub core: CoreId,
     /// How to reach it.
-    pub orders: mpsc::Sender<Order>,
+    pub orders: Orders,
 }
 
-/// A new session's end of the channel its orders come through.
-pub fn orders() -> (mpsc::Sender<Order>, mpsc::Receiver<Order>) {
-    mpsc::channel(ORDERS)
+/// Where a session takes orders.
+pub type Orders = Slot<Order>;
+
+/// A new session's slot for orders, and where they arrive.
+pub fn orders() -> (Orders, Mailbox<Order>) {
+    mailbox(ORDERS)
 }
 
 /// No session may begin any more.
@@ -160,7 +164,7 @@ impl Hub {
         self: &Arc<Hub>,
         key: Key,
         core: CoreId,
-        orders: mpsc::Sender<Order>,
+        orders: Orders,
         forget_after: Duration,
     ) -> Result<(Claim, Option<Former>), Closed> {
         let mut inner = self.lock();
@@ -210,7 +214,7 @@ impl Hub {
     }
 
     /// Shows a session in the list. Returns what removes it.
-    pub fn enter(self: &Arc<Hub>, card: Card, orders: mpsc::Sender<Order>) -> Entry {
+    pub fn enter(self: &Arc<Hub>, card: Card, orders: Orders) -> Entry {
         let id = card.id;
         self.lock().live.insert(id, Live { card, orders });
         Entry {
@@ -245,8 +249,8 @@ impl Hub {
         let inner = self.lock();
         let mut asked = 0;
         for live in inner.live.values().filter(|l| which(&l.card)) {
-            // A full channel means that it is ending already.
-            drop(live.orders.try_send(Order::End {
+            // A full mailbox means that it is ending already.
+            drop(live.orders.leave(Order::End {
                 code,
                 reason,
                 retry_after: retry_after(),

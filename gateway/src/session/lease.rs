@@ -74,6 +74,6 @@ pub async fn obtain(
 
 async fn take_over(former: Former) -> Option<Handed> {
     let (give, take) = oneshot::channel();
-    former.orders.try_send(Order::HandOver(give)).ok()?;
+    former.orders.leave(Order::HandOver(give)).ok()?;
     timeout(HAND_OVER, take).await.ok()?.ok()
 }

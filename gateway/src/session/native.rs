@@ -32,9 +32,12 @@ const MIN_MTU: u16 = 1280;
 
 /// One native client.
 pub(super) struct Native {
-    hello: Hello,
+    /// Whether it takes and gives super-packets.
+    offload: bool,
+    /// The tunnel MTU it would like.
+    mtu: Option<u16>,
     runtime: Handle,
-    settings: Settings,
+    settings: Arc<Settings>,
     keepalive: Duration,
 }
 
@@ -70,9 +73,10 @@ pub(super) async fn greet(
             keepalive: asked
                 .unwrap_or(KEEPALIVE)
                 .clamp(Duration::from_secs(1), KEEPALIVE_MAX),
-            hello,
+            offload: hello.can(OFFLOAD),
+            mtu: hello.mtu,
             runtime: shared.control.clone(),
-            settings: shared.settings.clone(),
+            settings: Arc::clone(&shared.settings),
         },
         admission,
         key: found.key,
@@ -134,9 +138,8 @@ impl Protocol for Native {
 
     fn welcome(&mut self, place: &Place) -> io::Result<(Vec<Greeting>, Packets)> {
         let (inner4, inner6) = place.inner_pair();
-        let offload = self.hello.can(OFFLOAD) && place.reply.offload != 0;
+        let offload = self.offload && place.reply.offload != 0;
         let mtu = self
-            .hello
             .mtu
             .map_or(place.reply.mtu, |wish| wish.max(MIN_MTU))
             .min(place.reply.mtu);

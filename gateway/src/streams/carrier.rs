@@ -15,7 +15,7 @@ use tracing::debug;
 use super::stream::Stream;
 use crate::cores::CoreId;
 use crate::serve::{Carrier, OpenError, Opening, Service, Visit};
-use crate::session::hub::Order;
+use crate::session::hub::{Order, Orders};
 
 /// How long a client may take to accept a visitor: it may have to reach its
 /// own server first.
@@ -61,7 +61,7 @@ impl Drop for Present {
 pub(super) struct Client {
     mux: Mux,
     core: CoreId,
-    orders: mpsc::Sender<Order>,
+    orders: Orders,
     notices: mpsc::Sender<Notice>,
     lines: Mutex<Vec<Line>>,
     visitors: Arc<Visitors>,
@@ -71,7 +71,7 @@ impl Client {
     pub(super) fn new(
         mux: Mux,
         core: CoreId,
-        orders: mpsc::Sender<Order>,
+        orders: Orders,
         notices: mpsc::Sender<Notice>,
     ) -> Client {
         Client {
@@ -191,8 +191,8 @@ impl Carrier for Client {
     }
 
     fn end(&self, code: u16, reason: &'static str) {
-        // A full channel means that it is ending already.
-        drop(self.orders.try_send(Order::End {
+        // A full mailbox means that it is ending already.
+        drop(self.orders.leave(Order::End {
             code,
             reason,
             retry_after: None,

@@ -24,6 +24,7 @@ use crate::cores::Load;
 use crate::meter::{Row, Totals};
 use crate::session::drive::{Bucket, End};
 use crate::session::hub::Order;
+use crate::session::mailbox::Mailbox;
 use crate::session::transport::{Incoming, Socket, Transport as _};
 
 /// Work of one turn in one direction, after which the other and the core's
@@ -43,7 +44,7 @@ pub(super) struct Drive<'a> {
     desk: Desk,
     row: Row,
     totals: Totals,
-    orders: mpsc::Receiver<Order>,
+    orders: Mailbox<Order>,
     notices: mpsc::Receiver<Notice>,
     /// Control messages made elsewhere, such as that a port is open.
     answers: mpsc::Receiver<Message>,
@@ -71,7 +72,7 @@ impl<'a> Drive<'a> {
         mux: Mux,
         desk: Desk,
         row: Row,
-        orders: mpsc::Receiver<Order>,
+        orders: Mailbox<Order>,
         notices: mpsc::Receiver<Notice>,
         answers: mpsc::Receiver<Message>,
         outside: Pin<Box<dyn Future<Output = End> + Send>>,
@@ -127,11 +128,11 @@ impl<'a> Drive<'a> {
 
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         let now = Instant::now();
-        if let Poll::Ready(Some(Order::End {
+        if let Poll::Ready(Order::End {
             code,
             reason,
             retry_after,
-        })) = self.orders.poll_recv(cx)
+        }) = self.orders.poll(cx)
         {
             return Poll::Ready(End::Told {
                 code,

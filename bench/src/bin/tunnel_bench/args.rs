@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::load::Span;
 use crate::road::ALL;
 
 pub(crate) const USAGE: &str = "\
@@ -12,10 +13,12 @@ usage: tunnel_bench [--quick] [--rounds N] [--seconds S] [--peers NAME,...|none]
   --quick     one short round and 100 idle clients, to see that it works
   --rounds    rounds, each measuring everything once (5)
   --seconds   counted for each TCP figure (1)
-  --peers     openvpn, ocserv, wireguard-go, stunnel (all that are installed)
+  --peers     openvpn, ocserv, wireguard-go, boringtun, stunnel (all that are installed)
   --ways      only these, as the tables call them, with - for a space
-  --parts     tcp (with round trips), udp, rough (loss, a narrow road), many (busy
-              clients at once); tcp,udp unless told otherwise
+  --parts     tcp (with round trips), udp, rough (loss, a narrow road), delay (a long
+              road), many (busy clients at once), cores (four busy clients on one core
+              of the gateway and on all), devices (10 and 10,000 of them), or all;
+              tcp,udp unless told otherwise
   --idle      connected clients for the figures of idle ones (1000)
   --limit     ends the rounds after so many seconds (3600)";
 
@@ -38,16 +41,22 @@ pub(crate) struct Plan {
     pub(crate) udp: bool,
     /// On roads that lose packets or are narrow.
     pub(crate) rough: bool,
+    /// On roads that are long.
+    pub(crate) delay: bool,
     /// Several clients of ours at once.
     pub(crate) many: bool,
+    /// Those on one core of the gateway, and on all.
+    pub(crate) cores: bool,
+    /// Few and many devices beside the one in use.
+    pub(crate) devices: bool,
     pub(crate) clients: Vec<usize>,
     pub(crate) limit: Duration,
     pub(crate) json: Option<PathBuf>,
     pub(crate) markdown: Option<PathBuf>,
 }
 
-const PARTS: [&str; 4] = ["tcp", "udp", "rough", "many"];
-const PEERS: [&str; 4] = ["openvpn", "ocserv", "wireguard-go", "stunnel"];
+const PARTS: [&str; 7] = ["tcp", "udp", "rough", "delay", "many", "cores", "devices"];
+const PEERS: [&str; 5] = ["openvpn", "ocserv", "wireguard-go", "boringtun", "stunnel"];
 
 impl Plan {
     pub(crate) fn new(given: impl Iterator<Item = String>) -> Result<Plan, String> {
@@ -65,7 +74,10 @@ impl Plan {
             tcp: true,
             udp: true,
             rough: false,
+            delay: false,
             many: false,
+            cores: false,
+            devices: false,
             clients: vec![if quick { 100 } else { 1000 }],
             limit: Duration::from_secs(if quick { 75 } else { 3600 }),
             json: None,
@@ -87,6 +99,8 @@ impl Plan {
                 "--peers" => plan.peers = Some(peers(&value)?),
                 "--ways" => plan.ways = Some(ways(&value)?),
                 "--parts" => {
+                    let all = PARTS.join(",");
+                    let value = if value == "all" { &all } else { &value };
                     let parts: Vec<&str> = value.split(',').collect();
                     if let Some(other) = parts.iter().find(|p| !PARTS.contains(p)) {
                         return Err(format!("--parts '{other}': there are {}", PARTS.join(", ")));
@@ -94,7 +108,10 @@ impl Plan {
                     plan.tcp = parts.contains(&"tcp");
                     plan.udp = parts.contains(&"udp");
                     plan.rough = parts.contains(&"rough");
+                    plan.delay = parts.contains(&"delay");
                     plan.many = parts.contains(&"many");
+                    plan.cores = parts.contains(&"cores");
+                    plan.devices = parts.contains(&"devices");
                 }
                 "--idle" => plan.clients = clients(&value)?,
                 "--json" => plan.json = Some(value.into()),
@@ -103,6 +120,14 @@ impl Plan {
             }
         }
         Ok(plan)
+    }
+
+    /// Of one TCP figure.
+    pub(crate) fn span(&self) -> Span {
+        Span {
+            warm: self.warm,
+            count: self.count,
+        }
     }
 }
 

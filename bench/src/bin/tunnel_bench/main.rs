@@ -6,16 +6,22 @@
 
 mod args;
 mod cpu;
+mod crowd;
+mod device;
 mod idle;
 mod load;
 mod machine;
 mod measure;
+mod naive;
 mod peers;
 mod report;
 mod results;
 mod road;
 mod rough;
 mod rtt;
+mod schedule;
+mod sides;
+mod slow;
 mod stage;
 mod targets;
 mod tls;
@@ -23,12 +29,14 @@ mod udp;
 
 use std::fs;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 
 use crate::args::{Plan, USAGE};
 use crate::machine::Machine;
+use crate::measure::{OURS, guarded, note};
 use crate::report::Report;
 use crate::results::Results;
 
@@ -83,15 +91,37 @@ fn run(plan: &Plan) -> Result<(), Box<dyn std::error::Error>> {
     })?;
     let mut costs = Vec::new();
     let mut results: Results = results;
+    let begun = Instant::now();
     for clients in plan.clients.iter().copied() {
         eprintln!("{clients} idle clients");
-        match std::thread::spawn(move || idle::cost(clients)).join() {
-            Ok(cost) => costs.push(cost),
-            Err(_) => results
-                .notes
-                .push(format!("{clients} idle clients: failed")),
+        match guarded(|| sides::idle(plan, clients, &mut results)) {
+            Ok((cost, played)) => {
+                costs.extend(cost);
+                if let Err(e) = played {
+                    note(
+                        &mut results,
+                        OURS,
+                        &format!("busy among {clients} idle clients"),
+                        &e,
+                    );
+                }
+            }
+            Err(e) => note(&mut results, OURS, &format!("{clients} idle clients"), &e),
         }
     }
+    if plan.cores {
+        eprintln!("one core and all");
+        if let Err(e) = guarded(|| sides::cores(plan, &mut results)) {
+            note(&mut results, OURS, "one core and all", &e);
+        }
+    }
+    if plan.devices {
+        eprintln!("few devices and many");
+        if let Err(e) = guarded(|| sides::devices(plan, &mut results)) {
+            note(&mut results, OURS, "few devices and many", &e);
+        }
+    }
+    eprintln!("the rest took {:.0} s", begun.elapsed().as_secs_f64());
     let words: Vec<String> = std::env::args().skip(1).collect();
     let command = std::env::var("RVPN_BENCH_COMMAND")
         .unwrap_or_else(|_| format!("tunnel_bench {}", words.join(" ")));

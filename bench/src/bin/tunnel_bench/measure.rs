@@ -5,11 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::args::Plan;
-use crate::load::{self, Span};
+use crate::crowd::Crowd;
+use crate::load;
 use crate::results::Results;
 use crate::road::{ALL, Kind, Road};
-use crate::rough::{self, Crowd};
+use crate::rough;
 use crate::rtt::{self, Trips};
+use crate::schedule::{self, Part};
+use crate::slow::{self, Hill};
 use crate::stage::{FAR, Stage, UDP};
 use crate::tls::Tls;
 use crate::{Way, udp};
@@ -20,7 +23,7 @@ pub(crate) const STREAMS: [usize; 3] = [1, 4, 10];
 pub(crate) const SIZES: [usize; 3] = [64, 512, 1400];
 /// Streams under which round trips are measured.
 pub(crate) const LOADED: usize = 10;
-const OURS: Kind = Kind::Ours { offload: true };
+pub(crate) const OURS: Kind = Kind::Ours { offload: true };
 /// Between two echo requests.
 const EVERY: Duration = Duration::from_millis(5);
 /// What is on the way when a load ends is gone after this.
@@ -48,9 +51,6 @@ fn chosen(plan: &Plan, results: &mut Results) -> Vec<Kind> {
     kinds
 }
 
-/// Numbers of the machines that are busy together.
-const CROWD: u8 = 40;
-
 /// Builds the laboratory and plays all rounds in it.
 pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
     let mut results = Results::default();
@@ -60,7 +60,9 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
         results.notes.push(note.to_owned());
     }
     let tls = Tls::new()?;
-    let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"];
+    let names = [
+        "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m",
+    ];
     let mut roads = Vec::new();
     for ((kind, name), n) in chosen(plan, &mut results)
         .into_iter()
@@ -74,11 +76,20 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
     }
     let mut crowd = None;
     if plan.many {
-        match guarded(|| Ok(Crowd::new(&stage, CROWD))) {
+        match guarded(|| Ok(Crowd::new(&stage))) {
             Ok(made) => crowd = Some(made),
             Err(e) => note(&mut results, OURS, "no crowd", &e),
         }
     }
+    let mut hill = None;
+    if plan.delay {
+        match guarded(|| Ok(Hill::new(&stage))) {
+            Ok(made) => hill = Some(made),
+            Err(e) => note(&mut results, OURS, "no long roads", &e),
+        }
+    }
+    let estimate = schedule::estimate(plan, &kinds(&roads)).as_secs();
+    eprintln!("about {} minutes", estimate.div_ceil(60));
     let begun = Instant::now();
     for round in 0..plan.rounds {
         // Another order each round, so that nobody always comes after the same.
@@ -92,20 +103,32 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
                 plan.rounds,
                 kind.name()
             );
-            if let Err(e) = guarded(|| one(&stage, road, plan, &tls, round, &mut results)) {
-                note(
-                    &mut results,
-                    kind,
-                    &format!("failed in round {}", round + 1),
-                    &e,
-                );
+            let due = |part| schedule::due(plan, part, kind, round);
+            let mut tried = |what: &str, f: &dyn Fn(&mut Results) -> Outcome<()>| {
+                if let Err(e) = guarded(|| f(&mut results)) {
+                    note(
+                        &mut results,
+                        kind,
+                        &format!("{what}, in round {}", round + 1),
+                        &e,
+                    );
+                }
+            };
+            if due(Part::Tcp) || due(Part::Udp) {
+                let f = |results: &mut Results| one(&stage, road, plan, &tls, round, results);
+                tried("failed", &f);
             }
-            if plan.rough
-                && let Err(e) =
-                    guarded(|| rough::roads(&stage, road, plan, &tls, round, &mut results))
+            if due(Part::Rough) {
+                let f =
+                    |results: &mut Results| rough::roads(&stage, road, plan, &tls, round, results);
+                tried("on bad roads", &f);
+            }
+            if due(Part::Delay)
+                && let Some(hill) = &hill
             {
-                let what = format!("on bad roads, in round {}", round + 1);
-                note(&mut results, kind, &what, &e);
+                let f =
+                    |results: &mut Results| slow::roads(&stage, hill, road, plan, round, results);
+                tried("on long roads", &f);
             }
             if begun.elapsed() > plan.limit {
                 results.notes.push(format!(
@@ -131,7 +154,7 @@ fn kinds(roads: &[Road]) -> Vec<Kind> {
 }
 
 /// The laboratory panics when something does not come about; others go on.
-fn guarded<T>(f: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+pub(crate) fn guarded<T>(f: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
         let words = panic.downcast_ref::<String>().cloned();
         let words = words.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
@@ -139,7 +162,7 @@ fn guarded<T>(f: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     })
 }
 
-fn note(results: &mut Results, kind: Kind, what: &str, e: &dyn std::fmt::Display) {
+pub(crate) fn note(results: &mut Results, kind: Kind, what: &str, e: &dyn std::fmt::Display) {
     let first = e.to_string().lines().next().unwrap_or_default().to_owned();
     let note = format!("{}: {what}: {first}", kind.name());
     eprintln!("{note}");
@@ -156,10 +179,11 @@ fn one(
 ) -> Outcome<()> {
     let (open, connect) = road.open()?;
     let kind = road.kind;
+    let due = |part| schedule::due(plan, part, kind, round);
     let millis = connect.map(|c| c.as_secs_f64() * 1e3);
     results.put(kind, "connect", round, millis);
     let packets = kind.carries_packets();
-    if packets {
+    if packets && due(Part::Tcp) {
         std::thread::sleep(QUIET);
         let trips = trips(road, || {
             std::thread::sleep(plan.idle);
@@ -168,16 +192,12 @@ fn one(
         record(results, kind, "rtt.idle", round, &trips.1);
     }
     for way in Way::BOTH {
-        for streams in STREAMS.into_iter().filter(|_| plan.tcp) {
+        for streams in STREAMS.into_iter().filter(|_| due(Part::Tcp)) {
             let tls = (kind == Kind::RawTls).then_some(tls);
             let load = || {
                 let listener = road.listener(stage);
                 let pairs = load::connect(road.client(), road.to, listener, streams)?;
-                let span = Span {
-                    warm: plan.warm,
-                    count: plan.count,
-                };
-                Ok(load::run(pairs, way, span, &road.who, tls)?)
+                Ok(load::run(pairs, way, plan.span(), &road.who, tls)?)
             };
             let moved = if packets && streams == LOADED {
                 let (moved, trips) = trips(road, load)?;
@@ -192,7 +212,7 @@ fn one(
             std::thread::sleep(QUIET);
         }
     }
-    if packets && plan.udp {
+    if due(Part::Udp) {
         let sizes = if plan.quick { &SIZES[..1] } else { &SIZES[..] };
         for size in sizes {
             for way in Way::BOTH {

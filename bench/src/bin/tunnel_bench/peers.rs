@@ -17,7 +17,6 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// Where stunnel's client listens.
 pub(crate) const STUNNEL: u16 = 5301;
-const WIREGUARD_PORT: u16 = 51_820;
 const DIRECTORIES: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const USER: &str = "bench";
 const PASSWORD: &str = "correct horse battery staple";
@@ -261,15 +260,16 @@ impl Ocserv {
     }
 }
 
-/// WireGuard in a program.
+/// WireGuard in a program: wireguard-go, or boringtun's.
 pub(crate) struct WireGuard {
+    boring: bool,
     dir: PathBuf,
     /// Public keys of server and client.
     public: [String; 2],
 }
 
 impl WireGuard {
-    pub(crate) fn new(dir: &Path, ns: &Ns) -> Outcome<WireGuard> {
+    pub(crate) fn new(dir: &Path, ns: &Ns, boring: bool) -> Outcome<WireGuard> {
         let mut public = [String::new(), String::new()];
         for (side, public) in ["server", "client"].iter().zip(&mut public) {
             let file = dir.join(side);
@@ -278,42 +278,56 @@ impl WireGuard {
             ns.sh("sh", &["-c", &derive]).trim().clone_into(public);
         }
         Ok(WireGuard {
+            boring,
             dir: dir.to_owned(),
             public,
         })
     }
 
-    fn start(&self, ns: &Ns, side: &str, configure: &str, address: &str) -> Outcome<Daemon> {
-        let device = format!("wg{side}");
+    /// Program, its words, what its devices are called, port and network.
+    fn place(&self) -> (&'static str, &'static str, &'static str, u16, &'static str) {
+        if self.boring {
+            let flags = "-f --disable-drop-privileges";
+            ("boringtun-cli", flags, "bt", 51_821, "10.7.2")
+        } else {
+            ("wireguard-go", "-f", "wg", 51_820, "10.7.1")
+        }
+    }
+
+    fn start(&self, ns: &Ns, side: &str, configure: &str, host: u8) -> Outcome<Daemon> {
+        let (program, flags, prefix, _, network) = self.place();
+        let device = format!("{prefix}{side}");
         let log = self.dir.join(format!("{side}.log"));
-        let daemon = start(ns, &log, "wireguard-go", &["-f".to_owned(), device.clone()])?;
+        let daemon = start(ns, &log, program, &words(&format!("{flags} {device}")))?;
         let socket = format!("/run/wireguard/{device}.sock");
-        wait_until("wireguard-go is there", || {
+        wait_until("WireGuard's program is there", || {
             Path::new(&socket).exists() && std::os::unix::net::UnixStream::connect(&socket).is_ok()
         });
         let key = self.dir.join(side);
         let text = format!("set {device} private-key {} {configure}", key.display());
         ns.sh("wg", &text.split_whitespace().collect::<Vec<_>>());
-        ns.ip(&format!("addr add {address} dev {device}"));
+        ns.ip(&format!("addr add {network}.{host}/24 dev {device}"));
         ns.ip(&format!("link set {device} mtu 1420 txqueuelen 1000 up"));
         Ok(daemon)
     }
 
     pub(crate) fn serve(&self, ns: &Ns) -> Outcome<Daemon> {
+        let (.., port, network) = self.place();
         let configure = format!(
-            "listen-port {WIREGUARD_PORT} peer {} allowed-ips 10.7.0.2/32",
+            "listen-port {port} peer {} allowed-ips {network}.2/32",
             self.public[1]
         );
-        self.start(ns, "server", &configure, "10.7.0.1/24")
+        self.start(ns, "server", &configure, 1)
     }
 
     pub(crate) fn connect(&self, ns: &Ns) -> Outcome<Daemon> {
+        let (_, _, prefix, port, _) = self.place();
         let configure = format!(
-            "peer {} endpoint {NB4}:{WIREGUARD_PORT} allowed-ips {FAR4}/32",
+            "peer {} endpoint {NB4}:{port} allowed-ips {FAR4}/32",
             self.public[0]
         );
-        let daemon = self.start(ns, "client", &configure, "10.7.0.2/24")?;
-        ns.ip(&format!("route add {FAR4}/32 dev wgclient"));
+        let daemon = self.start(ns, "client", &configure, 2)?;
+        ns.ip(&format!("route add {FAR4}/32 dev {prefix}client"));
         Ok(daemon)
     }
 }

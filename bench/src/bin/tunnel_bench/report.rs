@@ -4,12 +4,16 @@ use std::fmt::Write as _;
 
 use crate::Way;
 use crate::args::Plan;
+use crate::crowd::MANY;
 use crate::idle::Cost;
 use crate::machine::Machine;
-use crate::measure::{SIZES, STREAMS};
+use crate::measure::{self, OURS, SIZES};
 use crate::results::{Middle, Results};
 use crate::road::Kind;
-use crate::rough::{LOSSES, MANY};
+use crate::rough::LOSSES;
+use crate::schedule::REPORTED;
+use crate::sides::{self, BUSY, FEW, MANY_DEVICES};
+use crate::slow::{DELAYS, STREAMS};
 use crate::targets;
 
 /// Everything of one run.
@@ -43,8 +47,17 @@ fn cell(middle: Option<Middle>, digits: usize) -> String {
     }
 }
 
+/// A lossy road's key as a heading: its losses are in thousandths.
+fn percent(key: &str) -> String {
+    let (road, way) = key.split_once('.').unwrap_or((key, ""));
+    let digits = |c: char| c.is_ascii_digit();
+    let place = if road.starts_with("far") { " far" } else { "" };
+    let n: u32 = road.trim_start_matches(|c| !digits(c)).parse().unwrap_or(0);
+    format!("{} %{place} {way}", n / 10)
+}
+
 fn streams() -> Vec<String> {
-    let of = |way: Way| STREAMS.map(|n| format!("{}.{n}", way.name()));
+    let of = |way: Way| measure::STREAMS.map(|n| format!("{}.{n}", way.name()));
     Way::BOTH.into_iter().flat_map(of).collect()
 }
 
@@ -54,13 +67,25 @@ impl Report<'_> {
         self.head(&mut text);
         text += "\n## Targets\n\nAs the project set them for itself, for a quiet machine; a median and (spread) of the rounds.\n\n";
         text += &targets::table(self.results, &self.kinds, self.idle);
-        self.tcp(&mut text);
-        self.cpu(&mut text);
-        self.udp(&mut text);
-        self.rtt(&mut text);
-        self.rest(&mut text);
+        text += "\nThat everything arrives whole, in both families, with MTU 1500 and 1280 and with every checksum right, is not measured here but tested: `tests/tests/integrity.rs`.\n";
+        if self.plan.tcp {
+            self.tcp(&mut text);
+            self.cpu(&mut text);
+        }
+        if self.plan.udp {
+            self.udp(&mut text);
+        }
+        if self.plan.tcp {
+            self.rtt(&mut text);
+        }
+        if self.plan.tcp || self.plan.udp {
+            self.connecting(&mut text);
+        }
         self.rough(&mut text);
+        self.delay(&mut text);
         self.many(&mut text);
+        self.sides(&mut text);
+        self.quiet(&mut text);
         if !self.results.notes.is_empty() {
             text += "\n## Not measured or not complete\n\n";
             for note in &self.results.notes {
@@ -85,9 +110,10 @@ impl Report<'_> {
             text,
             "\nClient, gateway and far side are namespaces of this one machine on a bridge of veths with MTU 1500, so \
              load generators, both ends and the kernel share its cores, and packets of 64 KiB cross the wires uncut. \
-             No loss, no delay. Rounds: {}, each measuring every way once; {} ms counted for each TCP figure, {} ms for each attempt at a \
+             No loss, no delay. Rounds: {}, each measuring every way once, but only {} of what no target is about; {} ms counted for each TCP figure, {} ms for each attempt at a \
              rate of datagrams. Cells are medians with (least–most). All TCP inside the tunnels is cubic{}.\n\n",
             self.plan.rounds,
+            self.plan.rounds.min(REPORTED),
             self.plan.count.as_millis(),
             self.plan.trial.as_millis(),
             if self
@@ -121,7 +147,19 @@ impl Report<'_> {
         value: impl Fn(Kind, &str) -> Option<Middle>,
         digits: usize,
     ) {
-        let _ = writeln!(text, "| | {} |", columns.join(" | ").replace('.', " "));
+        self.named(text, columns, columns, value, digits);
+    }
+
+    /// The same with other headings.
+    fn named(
+        &self,
+        text: &mut String,
+        columns: &[String],
+        headings: &[String],
+        value: impl Fn(Kind, &str) -> Option<Middle>,
+        digits: usize,
+    ) {
+        let _ = writeln!(text, "| | {} |", headings.join(" | ").replace('.', " "));
         let _ = writeln!(text, "|---|{}", "---|".repeat(columns.len()));
         for kind in &self.kinds {
             let values: Vec<_> = columns.iter().map(|c| value(*kind, c)).collect();
@@ -207,13 +245,15 @@ impl Report<'_> {
         if !self.plan.rough {
             return;
         }
-        *text += "\n## Roads that lose packets, and a narrow one\n\nMbit/s of 4 TCP streams where each packet between client and gateway is lost with 1 % or 3 %, in both directions; packets of the wire, not of 64 KiB.\n\n";
-        let columns: Vec<String> = LOSSES
-            .into_iter()
-            .flat_map(|n| Way::BOTH.map(|way| format!("loss{n}.{}", way.name())))
+        *text += "\n## Roads that lose packets, and a narrow one\n\nMbit/s of 4 TCP streams where each packet between client and gateway is lost with 1 % or 3 %, in both directions, or (`far`) with 1 % between gateway and far side; packets of the wire, not of 64 KiB.\n\n";
+        let kinds = LOSSES.map(|n| format!("loss{n}")).into_iter();
+        let kinds = kinds.chain([format!("far{}", LOSSES[0])]);
+        let columns: Vec<String> = kinds
+            .flat_map(|key| Way::BOTH.map(|way| format!("{key}.{}", way.name())))
             .collect();
+        let named: Vec<String> = columns.iter().map(|key| percent(key)).collect();
         let value = |kind, c: &str| self.results.middle(kind, c);
-        self.table(text, &columns, value, 0);
+        self.named(text, &columns, &named, value, 0);
         *text += "\nWhere the sending end sends no more than 100 Mbit/s, 10 TCP streams: Mbit/s, and round trips meanwhile, ms.\n\n";
         let columns: Vec<String> = Way::BOTH
             .into_iter()
@@ -223,7 +263,45 @@ impl Report<'_> {
                 std::iter::once(road).chain(trips)
             })
             .collect();
-        self.table(text, &columns, value, 1);
+        let short = |key: &String| key.replace("rtt.narrow.", "").replace("narrow.", "");
+        let named: Vec<String> = columns.iter().map(short).collect();
+        self.named(text, &columns, &named, value, 1);
+    }
+
+    fn delay(&self, text: &mut String) {
+        if !self.plan.delay {
+            return;
+        }
+        *text += "\n## Long roads\n\nBetween client and gateway packets take 10 or 50 ms each way, so that a round trip is 20 or 100 ms longer; the road is as wide as this program can carry and loses nothing. Mbit/s by direction and streams, once their windows are open:\n\n";
+        let value = |kind, c: &str| self.results.middle(kind, c);
+        let all = || DELAYS.into_iter().flat_map(|d| Way::BOTH.map(|w| (d, w)));
+        let rates = all().flat_map(|(delay, way)| {
+            STREAMS.map(|n| {
+                (
+                    format!("delay{delay}.{}.{n}", way.name()),
+                    format!("{delay} ms {} {n}", way.name()),
+                )
+            })
+        });
+        let (columns, named): (Vec<_>, Vec<_>) = rates.unzip();
+        self.named(text, &columns, &named, value, 0);
+        *text += "\nRound trips, ms: without load, and under 4 streams.\n\n";
+        let trips = DELAYS.into_iter().flat_map(|delay| {
+            let loads = [("idle".to_owned(), "idle")]
+                .into_iter()
+                .chain(Way::BOTH.map(|way| (format!("{}.{}", way.name(), STREAMS[1]), way.name())));
+            let loads: Vec<_> = loads.collect();
+            loads.into_iter().flat_map(move |(load, word)| {
+                ["p50", "p99"].map(|p| {
+                    (
+                        format!("rtt.delay{delay}.{load}.{p}"),
+                        format!("{delay} ms {word} {p}"),
+                    )
+                })
+            })
+        });
+        let (columns, named): (Vec<_>, Vec<_>) = trips.unzip();
+        self.named(text, &columns, &named, value, 1);
     }
 
     fn many(&self, text: &mut String) {
@@ -245,14 +323,59 @@ impl Report<'_> {
         }
     }
 
-    fn rest(&self, text: &mut String) {
+    /// Two gateways that differ in one thing, in turns.
+    fn sides(&self, text: &mut String) {
+        let mut rows = Vec::new();
+        if self.plan.cores {
+            let what = |word| format!("{BUSY} busy clients, {word}");
+            rows.push((what("one data core"), "cores.one".to_owned()));
+            rows.push((what("one for each CPU"), "cores.all".to_owned()));
+        }
+        for clients in &self.plan.clients {
+            let key = |word| format!("idle.{clients}.{word}");
+            rows.push(("one busy client alone".to_owned(), key("alone")));
+            rows.push((format!("the same among {clients} idle ones"), key("among")));
+        }
+        if self.plan.devices {
+            let what = |n| format!("one client, 4 streams, {n} devices provisioned");
+            rows.push((what(FEW), "devices.few".to_owned()));
+            rows.push((what(MANY_DEVICES), "devices.many".to_owned()));
+        }
+        if rows.is_empty() {
+            return;
+        }
+        let _ = write!(
+            text,
+            "\n## Gateways that differ in one thing\n\nGbit/s. Two that are next to each other in the table ran in laboratories beside each other, measured in turns{}.\n\n| | up | down |\n|---|---|---|\n",
+            if self.plan.devices {
+                format!(
+                    "; those with devices in {} rounds",
+                    sides::rounds_of_devices(self.plan)
+                )
+            } else {
+                String::new()
+            }
+        );
+        for (what, key) in rows {
+            let cells = Way::BOTH.map(|way| {
+                let measure = format!("{key}.{}", way.name());
+                cell(self.results.middle(OURS, &measure), 2)
+            });
+            let _ = writeln!(text, "| {what} | {} |", cells.join(" | "));
+        }
+    }
+
+    fn connecting(&self, text: &mut String) {
         *text += "\n## Connecting, and memory\n\nFrom the start of the client's program to the first answer from the far side, ms; private memory of all the gateway's processes after the load, MiB.\n\n";
         let columns = ["connect".to_owned(), "memory".to_owned()];
         self.table(text, &columns, |kind, c| self.results.middle(kind, c), 1);
+    }
+
+    fn quiet(&self, text: &mut String) {
         if self.idle.is_empty() {
             return;
         }
-        *text += "\nClients that are connected and quiet:\n\n\
+        *text += "\n## Clients that are connected and quiet\n\n\
              | clients | gateway, KiB each | kernel, KiB a device | kernel, KiB a connection (both ends) | all connected, s | gateway CPU a login, ms | CPU of all while quiet |\n\
              |---|---|---|---|---|---|---|\n";
         for c in self.idle {

@@ -10,9 +10,10 @@ use rvpn_lab::ns::Daemon;
 use rvpn_lab::topology::{FAR4, GW4, NB4};
 
 use crate::cpu::Who;
+use crate::naive::{self, End, Naive};
 use crate::peers::{Ocserv, OpenVpn, STUNNEL, Stunnel, WireGuard, find, version};
 use crate::rtt;
-use crate::stage::{FAR, Stage, far_tcp};
+use crate::stage::{FAR, Stage, client, far_tcp};
 use crate::tls;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -26,24 +27,38 @@ const RAW_TLS: u16 = 4433;
 pub(crate) enum Kind {
     Plain,
     RawTls,
-    Ours { offload: bool },
-    OpenVpn { tcp: bool },
-    Ocserv { dtls: bool },
+    Ours {
+        offload: bool,
+    },
+    /// One of two small tunnels of our own, see there.
+    Naive {
+        long: bool,
+    },
+    OpenVpn {
+        tcp: bool,
+    },
+    Ocserv {
+        dtls: bool,
+    },
     WireGuard,
+    BoringTun,
     Stunnel,
 }
 
 /// All of them, in the order of the tables.
-pub(crate) const ALL: [Kind; 10] = [
+pub(crate) const ALL: [Kind; 13] = [
     Kind::Plain,
     Kind::RawTls,
     Kind::Ours { offload: true },
     Kind::Ours { offload: false },
+    Kind::Naive { long: true },
+    Kind::Naive { long: false },
     Kind::OpenVpn { tcp: true },
     Kind::OpenVpn { tcp: false },
     Kind::Ocserv { dtls: false },
     Kind::Ocserv { dtls: true },
     Kind::WireGuard,
+    Kind::BoringTun,
     Kind::Stunnel,
 ];
 
@@ -54,11 +69,14 @@ impl Kind {
             Kind::RawTls => "raw TLS",
             Kind::Ours { offload: true } => "rvpn",
             Kind::Ours { offload: false } => "rvpn --no-offload",
+            Kind::Naive { long: true } => "long queue",
+            Kind::Naive { long: false } => "naive",
             Kind::OpenVpn { tcp: true } => "OpenVPN TCP",
             Kind::OpenVpn { tcp: false } => "OpenVPN UDP",
             Kind::Ocserv { dtls: false } => "ocserv TLS",
             Kind::Ocserv { dtls: true } => "ocserv DTLS",
             Kind::WireGuard => "wireguard-go",
+            Kind::BoringTun => "boringtun",
             Kind::Stunnel => "stunnel",
         }
     }
@@ -80,11 +98,19 @@ impl Kind {
             }
             Kind::Ours { offload: true } => "`rvpn up`",
             Kind::Ours { offload: false } => "a client that takes and gives plain packets only",
+            Kind::Naive { long: true } => {
+                "no tunnel for use: a small program of the bench with our libraries and super-packets; all that waits is one \
+                 message, and the device, with its queue of 500 packets that nobody manages, is not read while the socket is full"
+            }
+            Kind::Naive { long: false } => {
+                "the same with plain packets: each is read, is a message and is flushed"
+            }
             Kind::OpenVpn { tcp: true } => "AES-256-GCM, no DCO, MTU 1500, mssfix 0, tcp-nodelay",
             Kind::OpenVpn { tcp: false } => "AES-256-GCM, no DCO, MTU 1420, mssfix 0, fast-io",
             Kind::Ocserv { dtls: false } => "openconnect --no-dtls, MTU 1500, no compression",
             Kind::Ocserv { dtls: true } => "openconnect, DTLS data channel, MTU 1420",
             Kind::WireGuard => "userspace, MTU 1420",
+            Kind::BoringTun => "userspace, as many threads as it starts by itself, MTU 1420",
             Kind::Stunnel => "a TCP port forward, not a VPN: one TLS connection a stream",
         }
     }
@@ -92,20 +118,22 @@ impl Kind {
     /// What `--peers` calls it; nothing for what is always there.
     pub(crate) fn peer(self) -> Option<&'static str> {
         match self {
-            Kind::Plain | Kind::RawTls | Kind::Ours { .. } => None,
+            Kind::Plain | Kind::RawTls | Kind::Ours { .. } | Kind::Naive { .. } => None,
             Kind::OpenVpn { .. } => Some("openvpn"),
             Kind::Ocserv { .. } => Some("ocserv"),
             Kind::WireGuard => Some("wireguard-go"),
+            Kind::BoringTun => Some("boringtun"),
             Kind::Stunnel => Some("stunnel"),
         }
     }
 
     fn programs(self) -> &'static [&'static str] {
         match self {
-            Kind::Plain | Kind::RawTls | Kind::Ours { .. } => &[],
+            Kind::Plain | Kind::RawTls | Kind::Ours { .. } | Kind::Naive { .. } => &[],
             Kind::OpenVpn { .. } => &["openvpn"],
             Kind::Ocserv { .. } => &["ocserv", "ocpasswd", "openconnect"],
             Kind::WireGuard => &["wireguard-go", "wg"],
+            Kind::BoringTun => &["boringtun-cli", "wg"],
             Kind::Stunnel => &["stunnel4"],
         }
     }
@@ -120,7 +148,7 @@ impl Kind {
         match self {
             Kind::Plain => String::new(),
             Kind::RawTls => "rustls 0.23 with aws-lc".to_owned(),
-            Kind::Ours { .. } => env!("CARGO_PKG_VERSION").to_owned(),
+            Kind::Ours { .. } | Kind::Naive { .. } => env!("CARGO_PKG_VERSION").to_owned(),
             Kind::OpenVpn { .. } => version("openvpn", "--version"),
             Kind::Ocserv { .. } => format!(
                 "{}, {}",
@@ -128,6 +156,7 @@ impl Kind {
                 version("openconnect", "--version")
             ),
             Kind::WireGuard => version("wireguard-go", "--version"),
+            Kind::BoringTun => version("boringtun-cli", "--version"),
             Kind::Stunnel => version("stunnel4", "-version"),
         }
     }
@@ -149,6 +178,7 @@ enum Peer {
     Ocserv(Ocserv),
     WireGuard(WireGuard),
     Stunnel(Stunnel),
+    Naive(Naive),
 }
 
 /// One way with its gateway running and its client's machine ready.
@@ -159,6 +189,7 @@ pub(crate) struct Road {
     machine: Machine,
     peer: Peer,
     _server: Option<Daemon>,
+    _end: Option<End>,
     pub(crate) who: Who,
     /// Where a client's streams go to, and where they come out.
     pub(crate) to: SocketAddr,
@@ -170,17 +201,18 @@ pub(crate) enum Open<'a> {
     Nothing,
     Ours(Box<Up<'a>>),
     Theirs(Daemon),
+    Naive(End),
 }
 
 impl Road {
     pub(crate) fn new(stage: &Stage, kind: Kind, name: &'static str, n: u8) -> Outcome<Road> {
-        let machine = stage.client(name, n);
+        let machine = client(&stage.lab, name, n);
         let nb = &stage.lab.nb;
         let dir = stage.lab.dir.join(format!("peer-{name}"));
         fs::create_dir_all(&dir)?;
         let mut to = far_tcp();
         let mut raw = None;
-        let mut server = None;
+        let (mut server, mut end) = (None, None);
         let mut who = Who::Nobody;
         let peer = match kind {
             Kind::Plain => {
@@ -208,8 +240,18 @@ impl Road {
                 server = Some(peer.serve(nb)?);
                 Peer::Ocserv(peer)
             }
-            Kind::WireGuard => {
-                let peer = WireGuard::new(&dir, nb)?;
+            Kind::Naive { long } => {
+                let peer = Naive::new(long)?;
+                end = Some(peer.serve(nb)?);
+                who = Who::Threads(if long {
+                    naive::LONG_SERVER
+                } else {
+                    naive::SERVER
+                });
+                Peer::Naive(peer)
+            }
+            Kind::WireGuard | Kind::BoringTun => {
+                let peer = WireGuard::new(&dir, nb, kind == Kind::BoringTun)?;
                 server = Some(peer.serve(nb)?);
                 Peer::WireGuard(peer)
             }
@@ -229,6 +271,7 @@ impl Road {
             machine,
             peer,
             _server: server,
+            _end: end,
             who,
             to,
             raw,
@@ -261,6 +304,7 @@ impl Road {
             Peer::Ocserv(peer) => Open::Theirs(peer.connect(ns)?),
             Peer::WireGuard(peer) => Open::Theirs(peer.connect(ns)?),
             Peer::Stunnel(peer) => Open::Theirs(peer.connect(ns)?),
+            Peer::Naive(peer) => Open::Naive(peer.connect(ns)?),
         };
         if !self.kind.carries_packets() {
             return Ok((open, None));
@@ -278,6 +322,7 @@ impl Open<'_> {
             Open::Nothing => {}
             Open::Ours(up) => up.down(),
             Open::Theirs(daemon) => drop(daemon),
+            Open::Naive(end) => drop(end),
         }
     }
 }

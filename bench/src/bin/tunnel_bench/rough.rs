@@ -1,30 +1,24 @@
-//! Roads that lose packets or are narrow, and several clients at once.
+//! Roads that lose packets or are narrow.
 
 use std::process::Command;
 
 use rvpn_lab::Ns;
-use rvpn_lab::machine::{Machine, Up};
-use rvpn_lab::topology::GW4;
+use rvpn_lab::topology::FAR4;
 
 use crate::Way;
 use crate::args::Plan;
-use crate::cpu::Who;
 use crate::load::{self, Span};
 use crate::measure::{LOADED, Outcome, record, trips};
 use crate::results::Results;
 use crate::road::{Kind, Road};
-use crate::rtt;
-use crate::stage::{FAR, Stage, far_tcp};
+use crate::schedule::{self, Part};
+use crate::stage::Stage;
 use crate::tls::Tls;
 
 /// Streams on a road that loses packets.
 pub(crate) const STREAMS: usize = 4;
 /// How many of a thousand packets are lost, each way.
 pub(crate) const LOSSES: [u32; 2] = [10, 30];
-/// Busy clients at once.
-pub(crate) const MANY: [usize; 3] = [1, 4, 8];
-/// Streams of the greedy one among clients with one each.
-const GREEDY: usize = 10;
 
 /// What is wrong with a road.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,20 +47,9 @@ impl<'a> Condition<'a> {
 
     /// The client and the gateways do not hear all of each other.
     fn loss(client: &'a Ns, address: &str, gateways: [&'a Ns; 2], n: u32) -> Condition<'a> {
-        let deaf = |ns: &Ns, which: &str| {
-            // What is lost is a packet of the wire and not one of 64 KiB.
-            ns.ip("link set wan0 gso_max_segs 1");
-            let rules = format!(
-                "add table ip rough; \
-                 add chain ip rough in {{ type filter hook prerouting priority -300; }}; \
-                 add rule ip rough in iifname \"wan0\" ip {which} {address} \
-                 numgen random mod 1000 < {n} drop"
-            );
-            ns.sh("nft", &[&rules]);
-        };
-        deaf(client, "daddr");
+        deaf(client, &format!("ip daddr {address}"), n);
         for gateway in gateways {
-            deaf(gateway, "saddr");
+            deaf(gateway, &format!("ip saddr {address}"), n);
         }
         let [one, other] = gateways;
         Condition {
@@ -74,6 +57,31 @@ impl<'a> Condition<'a> {
             wrong: Wrong::Loss,
         }
     }
+
+    /// The gateways and the far side do not.
+    fn far(far: &'a Ns, gateways: [&'a Ns; 2], n: u32) -> Condition<'a> {
+        deaf(far, &format!("ip daddr {FAR4}"), n);
+        for gateway in gateways {
+            deaf(gateway, &format!("ip saddr {FAR4}"), n);
+        }
+        let [one, other] = gateways;
+        Condition {
+            ends: vec![far, one, other],
+            wrong: Wrong::Loss,
+        }
+    }
+}
+
+/// Of a thousand such packets from the wire a host does not hear so many.
+fn deaf(ns: &Ns, which: &str, n: u32) {
+    // What is lost is a packet of the wire and not one of 64 KiB.
+    ns.ip("link set wan0 gso_max_segs 1");
+    let rules = format!(
+        "add table ip rough; \
+         add chain ip rough in {{ type filter hook prerouting priority -300; }}; \
+         add rule ip rough in iifname \"wan0\" {which} numgen random mod 1000 < {n} drop"
+    );
+    ns.sh("nft", &[&rules]);
 }
 
 impl Drop for Condition<'_> {
@@ -115,13 +123,27 @@ pub(crate) fn roads(
         let pairs = load::connect(road.client(), road.to, listener, streams)?;
         Ok(load::run(pairs, way, span, &road.who, tls)?)
     };
+    let rougher = schedule::due(plan, Part::Rougher, kind, round);
     for thousandth in LOSSES {
+        if thousandth > LOSSES[0] && !rougher {
+            continue;
+        }
         // Before anything connects: how much a socket sends at once is kept.
         let _condition = Condition::loss(road.client(), &near, gateways, thousandth);
         let (open, _) = road.open()?;
         for way in Way::BOTH {
             let moved = load(way, STREAMS)?;
             let key = format!("loss{thousandth}.{}", way.name());
+            results.put(kind, &key, round, Some(moved.gigabits() * 1e3));
+        }
+        open.close();
+    }
+    if rougher {
+        let _condition = Condition::far(&stage.lab.up, gateways, LOSSES[0]);
+        let (open, _) = road.open()?;
+        for way in Way::BOTH {
+            let moved = load(way, STREAMS)?;
+            let key = format!("far{}.{}", LOSSES[0], way.name());
             results.put(kind, &key, round, Some(moved.gigabits() * 1e3));
         }
         open.close();
@@ -144,92 +166,4 @@ pub(crate) fn roads(
     }
     open.close();
     Ok(())
-}
-
-/// Clients of ours that are busy together.
-pub(crate) struct Crowd {
-    machines: Vec<Machine>,
-}
-
-impl Crowd {
-    pub(crate) fn new(stage: &Stage, first: u8) -> Crowd {
-        let names = ["m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7"];
-        let machines = names.into_iter().zip(first..).map(|(name, n)| {
-            let machine = stage.client(name, n);
-            machine.join(&stage.lab, &stage.gateway, name, GW4);
-            machine
-        });
-        Crowd {
-            machines: machines.collect(),
-        }
-    }
-
-    /// How much they move together, and how evenly.
-    pub(crate) fn measure(
-        &self,
-        stage: &Stage,
-        plan: &Plan,
-        round: u32,
-        results: &mut Results,
-    ) -> Outcome<()> {
-        let kind = Kind::Ours { offload: true };
-        let mut ups: Vec<Up<'_>> = Vec::new();
-        for machine in &self.machines {
-            let since = std::time::Instant::now();
-            ups.push(machine.begin(&[]));
-            rtt::first(&machine.ns, FAR, since, std::time::Duration::from_secs(15))
-                .ok_or("one of many clients has no tunnel")?;
-        }
-        let span = Span {
-            warm: plan.warm,
-            count: plan.count,
-        };
-        for way in Way::BOTH {
-            for (count, greedy) in MANY.map(|n| (n, false)).into_iter().chain([(8, true)]) {
-                let mut all = Vec::new();
-                for (n, machine) in self.machines[..count].iter().enumerate() {
-                    let streams = if greedy && n == 0 { GREEDY } else { 1 };
-                    let near = &machine.ns;
-                    all.push(load::connect(near, far_tcp(), &stage.listener, streams)?);
-                }
-                let rates: Vec<f64> = std::thread::scope(|scope| {
-                    let runs: Vec<_> = all
-                        .into_iter()
-                        .map(|pairs| {
-                            scope.spawn(move || load::run(pairs, way, span, &Who::Nobody, None))
-                        })
-                        .collect();
-                    let moved = runs.into_iter().map(|run| match run.join() {
-                        Ok(Ok(moved)) => moved.gigabits(),
-                        _ => 0.0,
-                    });
-                    moved.collect()
-                });
-                let word = if greedy { "greedy" } else { "even" };
-                let key = format!("many.{}.{count}.{word}", way.name());
-                results.put(kind, &key, round, Some(rates.iter().sum()));
-                results.put(kind, &format!("{key}.jain"), round, Some(jain(&rates)));
-            }
-        }
-        ups.into_iter().for_each(Up::down);
-        Ok(())
-    }
-}
-
-/// One when all are equal, one by their number when one has everything.
-fn jain(rates: &[f64]) -> f64 {
-    let sum: f64 = rates.iter().sum();
-    let squares: f64 = rates.iter().map(|r| r * r).sum();
-    sum * sum / (rates.len() as f64 * squares)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::jain;
-
-    #[test]
-    fn the_index_is_jains() {
-        assert_eq!(jain(&[2.0, 2.0, 2.0, 2.0]), 1.0);
-        assert_eq!(jain(&[2.0, 0.0, 0.0, 0.0]), 0.25);
-    }
 }

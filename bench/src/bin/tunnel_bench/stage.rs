@@ -65,17 +65,17 @@ impl Stage {
             lab,
         }
     }
+}
 
-    /// A client's machine that reaches its neighbours only.
-    pub(crate) fn client(&self, name: &'static str, n: u8) -> Machine {
-        let machine = Machine::new(&self.lab, name, n);
-        let ns = &machine.ns;
-        ns.ip("route del default");
-        ns.ip("-6 route del default");
-        congestion(ns, &format!("1.1.1.{n}"));
-        rtt::allow(ns);
-        machine
-    }
+/// A client's machine that reaches its neighbours only.
+pub(crate) fn client(lab: &Lab, name: &'static str, n: u8) -> Machine {
+    let machine = Machine::new(lab, name, n);
+    let ns = &machine.ns;
+    ns.ip("route del default");
+    ns.ip("-6 route del default");
+    congestion(ns, &format!("1.1.1.{n}"));
+    rtt::allow(ns);
+    machine
 }
 
 /// Where the far side's streams end.
@@ -84,7 +84,7 @@ pub(crate) fn far_tcp() -> SocketAddr {
 }
 
 /// Connections with neighbours use cubic, whoever opens them.
-fn congestion(ns: &Ns, address: &str) -> bool {
+pub(crate) fn congestion(ns: &Ns, address: &str) -> bool {
     let words = format!("route replace 1.1.1.0/24 dev wan0 src {address} congctl cubic");
     let mut command = Command::new("ip");
     command.args(words.split(' '));

@@ -19,7 +19,7 @@ const NAME: &str = "gateway";
 
 /// Both sides' configuration: the library's defaults, as the gateway has them.
 pub(crate) struct Tls {
-    acceptor: TlsAcceptor,
+    pub(crate) acceptor: TlsAcceptor,
     connector: TlsConnector,
 }
 
@@ -42,6 +42,15 @@ impl Tls {
         })
     }
 
+    /// A client's connection over a socket that is there.
+    pub(crate) async fn connect(
+        &self,
+        socket: TcpStream,
+    ) -> io::Result<tokio_rustls::client::TlsStream<tokio::net::TcpStream>> {
+        let name = ServerName::try_from(NAME).map_err(io::Error::other)?;
+        self.connector.connect(name, ready(socket)?).await
+    }
+
     /// Starts the client's end on a thread of its own.
     pub(crate) fn client<'s>(
         &'s self,
@@ -52,8 +61,7 @@ impl Tls {
         stop: &'s AtomicBool,
     ) -> io::Result<()> {
         let work = async move {
-            let name = ServerName::try_from(NAME).map_err(io::Error::other)?;
-            let stream = self.connector.connect(name, ready(socket)?).await?;
+            let stream = self.connect(socket).await?;
             carry(stream, sends, moved, stop).await
         };
         start(scope, CLIENT, work)

@@ -1,0 +1,137 @@
+//! What is measured in which round, and how long all of it takes: a way whose
+//! figures no target is about is measured in fewer rounds.
+
+use std::time::Duration;
+
+use crate::args::Plan;
+use crate::road::Kind;
+use crate::{sides, slow};
+
+/// Rounds of what is reported only.
+pub(crate) const REPORTED: u32 = 2;
+
+/// What a way is measured at, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    Tcp,
+    Udp,
+    /// Loss of one packet in a hundred, and a narrow road.
+    Rough,
+    /// More loss, and loss beyond the gateway.
+    Rougher,
+    Delay,
+}
+
+impl Part {
+    const ALL: [Part; 5] = [
+        Part::Tcp,
+        Part::Udp,
+        Part::Rough,
+        Part::Rougher,
+        Part::Delay,
+    ];
+
+    /// Whether it is asked for at all.
+    fn wanted(self, plan: &Plan) -> bool {
+        match self {
+            Part::Tcp => plan.tcp,
+            Part::Udp => plan.udp,
+            Part::Rough | Part::Rougher => plan.rough,
+            Part::Delay => plan.delay,
+        }
+    }
+
+    /// Whether this way has it.
+    fn known(self, kind: Kind) -> bool {
+        match self {
+            Part::Tcp | Part::Rough => true,
+            Part::Udp => kind.carries_packets(),
+            Part::Rougher => matches!(kind, Kind::Plain | Kind::Ours { offload: true }),
+            Part::Delay => slow::compared(kind),
+        }
+    }
+
+    /// Whether a target is about it.
+    fn judged(self, kind: Kind) -> bool {
+        match (self, kind) {
+            (_, Kind::Ours { offload: true }) => self != Part::Delay,
+            (Part::Tcp | Part::Rough | Part::Rougher, Kind::Plain) => true,
+            (Part::Tcp, kind) => matches!(
+                kind,
+                Kind::RawTls
+                    | Kind::Ours { offload: false }
+                    | Kind::Naive { long: false }
+                    | Kind::OpenVpn { tcp: true }
+                    | Kind::Ocserv { dtls: false }
+                    | Kind::WireGuard
+            ),
+            (Part::Udp, kind) => matches!(
+                kind,
+                Kind::OpenVpn { tcp: false }
+                    | Kind::Ocserv { .. }
+                    | Kind::WireGuard
+                    | Kind::BoringTun
+                    | Kind::Naive { long: true }
+            ),
+            _ => false,
+        }
+    }
+
+    /// How long it takes for one way, roughly.
+    fn takes(self, plan: &Plan, kind: Kind) -> Duration {
+        let one = plan.warm + plan.count;
+        let long = plan.warm * 4 + plan.count * 2;
+        let connect = Duration::from_millis(500);
+        match self {
+            Part::Tcp => one * 6 + plan.idle + connect,
+            Part::Udp => plan.trial * 50,
+            Part::Rough if kind.carries_packets() => long * 4 + connect * 2,
+            Part::Rough => long * 2,
+            Part::Rougher => (long * 2 + connect) * 2,
+            Part::Delay => slow::DELAYS.into_iter().fold(Duration::ZERO, |sum, delay| {
+                let trip = Duration::from_millis(delay);
+                sum + plan.idle + connect * 2 + (one + trip * 30) * 4
+            }),
+        }
+    }
+}
+
+/// Whether this round has this part of this way.
+pub(crate) fn due(plan: &Plan, part: Part, kind: Kind, round: u32) -> bool {
+    let rounds = if part.judged(kind) {
+        plan.rounds
+    } else {
+        REPORTED
+    };
+    part.wanted(plan) && part.known(kind) && round < rounds
+}
+
+/// How long all rounds and what follows take, roughly, on a machine that is quiet.
+pub(crate) fn estimate(plan: &Plan, kinds: &[Kind]) -> Duration {
+    let mut sum = Duration::ZERO;
+    for round in 0..plan.rounds {
+        for (part, kind) in Part::ALL
+            .into_iter()
+            .flat_map(|part| kinds.iter().map(move |kind| (part, *kind)))
+        {
+            if due(plan, part, kind, round) {
+                sum += part.takes(plan, kind);
+            }
+        }
+    }
+    let one = plan.warm + plan.count;
+    let seconds = Duration::from_secs;
+    if plan.many {
+        sum += (one * 8 + seconds(3)) * plan.rounds;
+    }
+    if plan.cores {
+        sum += one * 4 * plan.rounds + seconds(10);
+    }
+    if plan.devices {
+        sum += one * 4 * sides::rounds_of_devices(plan) + seconds(20);
+    }
+    for clients in &plan.clients {
+        sum += one * 4 * plan.rounds + seconds(15) + Duration::from_millis(7) * *clients as u32;
+    }
+    sum
+}
