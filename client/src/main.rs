@@ -24,9 +24,6 @@ use clap::Parser;
 use crate::cli::{Cli, Command};
 use crate::fail::{Failure, Outcome};
 
-/// Threads of `serve`.
-const SERVE_THREADS: usize = 2;
-
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -43,11 +40,6 @@ fn main() -> ExitCode {
         }
     };
     let runtime = match &cli.command {
-        // Its visitors' connections need not share a thread with the gateway's.
-        Command::Serve(_) => tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(SERVE_THREADS)
-            .enable_all()
-            .build(),
         _ => tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build(),

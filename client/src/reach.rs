@@ -1,6 +1,7 @@
 //! Getting a TCP connection to a gateway.
 
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use nix::sys::socket::sockopt;
@@ -9,6 +10,7 @@ use tokio::time::timeout;
 
 use crate::fail::{Failure, Outcome};
 use crate::profile::Address;
+use crate::up::fd::go_far;
 use crate::up::{self, MARK};
 
 /// How long one address has to answer.
@@ -59,6 +61,7 @@ pub(crate) async fn connect(to: &Address) -> Outcome<TcpStream> {
             Ok(Ok(tcp)) => {
                 // Without it small packets would wait for each other.
                 let _late = tcp.set_nodelay(true);
+                go_far(tcp.as_fd());
                 return Ok(tcp);
             }
             Ok(Err(error)) => why = format!("{address}: {error}"),

@@ -5,6 +5,7 @@
 
 pub(crate) mod args;
 mod auth;
+mod beside;
 mod control;
 mod older;
 mod proxy2;
@@ -31,6 +32,7 @@ use tokio_rustls::TlsConnector;
 use tokio_tungstenite::tungstenite::Message;
 
 use self::args::Serve;
+use self::beside::Beside;
 use self::control::{Asked, Question};
 use self::pump::{Came, End, Pump};
 use self::show::Show;
@@ -93,8 +95,10 @@ pub(crate) async fn run(args: Serve) -> Outcome {
         to: profile.address()?,
         instance: instance(&args, &profile, &targets),
         show: Show::new(gateway, targets.clone(), args.json),
-        profile,
+        profile: Arc::new(profile),
         connector,
+        connections: args.connections.into(),
+        beside: None,
         house: Arc::new(House {
             targets,
             accounts,
@@ -107,6 +111,7 @@ pub(crate) async fn run(args: Serve) -> Outcome {
         welcomed: false,
     };
     let served = server.sessions().await;
+    server.beside = None;
     drop(listening);
     if served.is_ok() {
         server.show.done();
@@ -175,7 +180,7 @@ impl Calls {
 struct Server {
     to: Address,
     instance: String,
-    profile: Profile,
+    profile: Arc<Profile>,
     connector: TlsConnector,
     house: Arc<House>,
     show: Show,
@@ -185,6 +190,10 @@ struct Server {
     failures: u32,
     /// It was served once.
     welcomed: bool,
+    /// How many there are to be, with the first.
+    connections: usize,
+    /// The others, and what they serve.
+    beside: Option<(Beside, BTreeMap<u32, ServedAs>)>,
 }
 
 impl Server {
@@ -239,33 +248,35 @@ impl Server {
                 let _late = timeout(PARTING, parting).await;
                 Err(denied)
             }
-            Err(Stop::End(end)) => Err(self.explain(end)),
+            Err(Stop::End(end)) => Err(explain(&self.to, end, self.welcomed)),
         }
     }
 
-    fn explain(&self, end: End) -> Denied {
-        match end {
-            End::Lost(why) => {
-                let text = format!("the connection to {} broke: {why}", self.to);
-                Failure::unavailable(text).into()
-            }
-            End::SentAway(said, frame) => {
-                let replaced = said.as_ref().map(|g| g.code) == Some(close::NORMAL);
-                let mut denied = sent_away(&self.to, said, frame);
-                if replaced {
-                    let text = "another 'rvpn serve' of the same took over";
-                    denied.failure = Failure::new(Kind::Unavailable, text);
-                }
-                denied
-            }
-            End::Wrong(why) => {
-                let text = format!("{} does not speak as it should: {why}", self.to);
-                let mut denied = Denied::from(Failure::new(Kind::Protocol, text));
-                // Whoever is in between must not be able to end it.
-                denied.again = self.welcomed;
-                denied
-            }
+    /// The other connections serve what this one got.
+    fn serve_beside(&mut self, served: &BTreeMap<u32, ServedAs>) -> Outcome {
+        if self.connections < 2 || self.beside.as_ref().is_some_and(|(_, of)| of == served) {
+            return Ok(());
         }
+        // Those of before go first.
+        self.beside = None;
+        let wishes = self.house.targets.iter().map(|target| {
+            let wish = target.wish();
+            match served.get(&target.id) {
+                Some(at) => beside::wish(wish, at),
+                None => wish,
+            }
+        });
+        let task = beside::Task {
+            to: self.to.clone(),
+            profile: Arc::clone(&self.profile),
+            connector: self.connector.clone(),
+            house: Arc::clone(&self.house),
+            instance: self.instance.clone(),
+            wishes: wishes.collect(),
+        };
+        let started = Beside::start(self.connections - 1, task)?;
+        self.beside = Some((started, served.clone()));
+        Ok(())
     }
 
     /// Visitors, until there is an end.
@@ -283,6 +294,7 @@ impl Server {
                     Came::Said(said) => {
                         if let Some(served) = answers.take(*said, self).map_err(Stop::Denied)? {
                             self.welcomed = true;
+                            self.serve_beside(&served).map_err(|f| Stop::Denied(f.into()))?;
                             self.show.serving(served);
                         }
                     }
@@ -295,6 +307,31 @@ impl Server {
                 }
                 _ = draw.tick() => self.show.draw(),
             }
+        }
+    }
+}
+
+/// Why a session ended, and whether the next one may do better.
+fn explain(to: &Address, end: End, welcomed: bool) -> Denied {
+    match end {
+        End::Lost(why) => {
+            Failure::unavailable(format!("the connection to {to} broke: {why}")).into()
+        }
+        End::SentAway(said, frame) => {
+            let replaced = said.as_ref().map(|g| g.code) == Some(close::NORMAL);
+            let mut denied = sent_away(to, said, frame);
+            if replaced {
+                let text = "another 'rvpn serve' of the same took over";
+                denied.failure = Failure::new(Kind::Unavailable, text);
+            }
+            denied
+        }
+        End::Wrong(why) => {
+            let text = format!("{to} does not speak as it should: {why}");
+            let mut denied = Denied::from(Failure::new(Kind::Protocol, text));
+            // Whoever is in between must not be able to end it.
+            denied.again = welcomed;
+            denied
         }
     }
 }

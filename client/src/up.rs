@@ -11,7 +11,7 @@ mod control;
 mod device;
 mod dial;
 mod dns;
-mod fd;
+pub(crate) mod fd;
 mod half;
 pub(crate) mod journal;
 pub(crate) mod mend;

@@ -1,14 +1,17 @@
 //! What descriptors need that neither tokio nor nix offers.
 #![expect(
     unsafe_code,
-    reason = "tokio cannot know that a descriptor's owner keeps it open, and TCP_NOTSENT_LOWAT has no wrapper"
+    reason = "tokio cannot know that a descriptor's owner keeps it open, and two options of TCP have no wrapper"
 )]
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -29,8 +32,9 @@ pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<File>> {
 /// session's queue, where it can still give way to something more urgent.
 const UNSENT: libc::c_int = 16 * 1024;
 
-/// Sets a client socket's options: no delay, and little unsent.
+/// Sets a client socket's options: no delay, little unsent, and what its road wants.
 pub fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
+    go_far(socket);
     for (option, value) in [(libc::TCP_NODELAY, 1), (libc::TCP_NOTSENT_LOWAT, UNSENT)] {
         // SAFETY: value is a live int and its size is passed along.
         let set = unsafe {
@@ -47,4 +51,69 @@ pub fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A round trip from which on a road counts as long. On shorter ones the system's
+/// own congestion control is as good or better.
+const LONG: Duration = Duration::from_millis(4);
+
+/// Makes a connection fill a long road. A tunnel's connection lives for days and
+/// has little to send for most of them; cubic takes the wavering of quiet times
+/// for the road's capacity, and then needs many seconds to grow when there is
+/// much to send. bbr measures anew. Where it is not allowed, nothing changes.
+fn go_far(socket: BorrowedFd<'_>) {
+    if round_trip(socket).is_ok_and(|rtt| rtt >= LONG) {
+        let bbr = OsString::from("bbr");
+        let _not_allowed = setsockopt(&socket, sockopt::TcpCongestion, &bbr);
+    }
+}
+
+/// The shortest round trip of a connection so far.
+fn round_trip(socket: BorrowedFd<'_>) -> io::Result<Duration> {
+    // SAFETY: it consists of integers, for which zero is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: both outlive the call, and the kernel writes no more than `length` says.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    match (got, info.tcpi_min_rtt) {
+        (0, 0 | u32::MAX) => Err(io::ErrorKind::NotConnected.into()),
+        (0, micros) => Ok(Duration::from_micros(micros.into())),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd as _;
+
+    use nix::sys::socket::getsockopt;
+
+    use super::*;
+
+    #[test]
+    fn a_short_road_keeps_the_congestion_control_of_the_system() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        let before = getsockopt(&far, sockopt::TcpCongestion).unwrap();
+        let rtt = round_trip(near.as_fd()).unwrap();
+        assert!(rtt < LONG, "{rtt:?} through memory");
+        go_far(far.as_fd());
+        assert_eq!(getsockopt(&far, sockopt::TcpCongestion).unwrap(), before);
+    }
+
+    #[test]
+    fn what_is_not_connected_has_no_round_trip() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(round_trip(listener.as_fd()).is_err());
+    }
 }

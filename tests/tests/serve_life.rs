@@ -221,3 +221,49 @@ async fn a_server_that_is_not_there_is_no_end() {
     works(&lab.up, &identity).await;
     wait_until("the visitor has left", || !serve.events("left").is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_connections_of_one_client_share_its_visitors() {
+    let (lab, _helper, gateway, phone) = scene();
+    let identity = Identity::of(SHOP);
+    tls_server(&phone.ns, "127.0.0.1:8443", &identity, echo);
+    let login = phone.login(&gateway, "alice", &[SHOP, "*.alice.example"], &[15_432]);
+    // One target with a name of its own, one whose name is chosen, one with a port.
+    let words = [
+        "tls://:8443",
+        "http://:3000",
+        "tcp:8443",
+        "--name",
+        SHOP,
+        "--connections",
+        "3",
+    ];
+    let serve = phone.serving(&login, &words);
+    wait_until("all are there", || gateway.sessions().len() == 3);
+    let mut visitors = Vec::new();
+    for _ in 0..9 {
+        visitors.push(visit(&lab.up, SHOP, &identity).await);
+    }
+    for visitor in &mut visitors {
+        visitor.write_all(b"hello").await.expect("a write");
+        let mut back = [0; 5];
+        let read = timeout(SOON, visitor.read_exact(&mut back)).await;
+        read.expect("in time").expect("a read");
+        assert_eq!(&back, b"hello");
+    }
+    // All of them carry visitors: what was written went into each one's wire.
+    let wires = || {
+        let rows = gateway.sessions();
+        let wire = rows
+            .iter()
+            .map(|row| row["inbound"]["wire"].as_u64().unwrap_or(0));
+        wire.collect::<Vec<_>>()
+    };
+    wait_until("each has had visitors", || {
+        wires().iter().all(|n| *n > 3_000)
+    });
+    drop(visitors);
+    assert!(serve.events("trouble").is_empty(), "{}", serve.said());
+    assert_eq!(serve.interrupt(), 0);
+    wait_until("all have gone", || gateway.sessions().is_empty());
+}

@@ -44,6 +44,9 @@ pub(crate) struct Serve {
     /// Tell the local server the visitor's address by PROXY protocol, version 2
     #[arg(long)]
     pub(crate) proxy_protocol: bool,
+    /// Connections to the gateway, each with a thread here and a core there: for many busy visitors
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(crate) connections: u8,
     /// One JSON object a line
     #[arg(long)]
     pub(crate) json: bool,

@@ -12,6 +12,7 @@ use rvpn_proto::control::{Goodbye, Stage, patience};
 use rvpn_proto::streams::mux::Mux;
 use rvpn_proto::streams::{MAX_SENT, Message as Control};
 use tokio::net::TcpStream;
+use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
@@ -92,7 +93,8 @@ impl Pump {
     /// Carries, until something came that is not for a stream that is open.
     /// Giving up waiting loses nothing.
     pub(super) async fn next(&mut self) -> Result<Came, End> {
-        poll_fn(|cx| self.turn(cx)).await
+        // A turn is bounded here; tokio's own bound would end it in the middle.
+        unconstrained(poll_fn(|cx| self.turn(cx))).await
     }
 
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<Result<Came, End>> {

@@ -185,6 +185,10 @@ impl Show {
                 let line = format!("refused: the gateway asked for {why}");
                 self.say(&line, &json!({"event": "refused", "why": why}));
             }
+            News::Trouble { why } => {
+                let why = shown(why);
+                self.say(&why, &json!({"event": "trouble", "why": why}));
+            }
         }
     }
 

@@ -49,6 +49,8 @@ pub(super) enum News {
     Unreachable { id: u32, why: String },
     /// The gateway asked for something that is not served.
     Strange { why: String },
+    /// A connection beside the first is not there.
+    Trouble { why: String },
 }
 
 /// Serves one visitor until it has left.

@@ -5,10 +5,13 @@
               and two settings of the kernel have no wrapper"
 )]
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -52,6 +55,43 @@ pub(crate) fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// A round trip from which on a road counts as long. On shorter ones the system's
+/// own congestion control is as good or better.
+const LONG: Duration = Duration::from_millis(4);
+
+/// Makes a connection fill a long road. A tunnel's connection lives for days and
+/// has little to send for most of them; cubic takes the wavering of quiet times
+/// for the road's capacity, and then needs many seconds to grow when there is
+/// much to send. bbr measures anew. Where it is not allowed, nothing changes.
+pub(crate) fn go_far(socket: BorrowedFd<'_>) {
+    if round_trip(socket).is_ok_and(|rtt| rtt >= LONG) {
+        let bbr = OsString::from("bbr");
+        let _not_allowed = setsockopt(&socket, sockopt::TcpCongestion, &bbr);
+    }
+}
+
+/// The shortest round trip of a connection so far.
+fn round_trip(socket: BorrowedFd<'_>) -> io::Result<Duration> {
+    // SAFETY: it consists of integers, for which zero is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: both outlive the call, and the kernel writes no more than `length` says.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    match (got, info.tcpi_min_rtt) {
+        (0, 0 | u32::MAX) => Err(io::ErrorKind::NotConnected.into()),
+        (0, micros) => Ok(Duration::from_micros(micros.into())),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 nix::ioctl_write_int!(tun_set_offload, b'T', 208);
 
 /// Makes the kernel finish packets before it hands them out.
@@ -59,4 +99,32 @@ pub(crate) fn finish_packets(tun: &OwnedFd) -> io::Result<()> {
     // SAFETY: the call takes a number and touches no memory of ours.
     unsafe { tun_set_offload(tun.as_raw_fd(), 0) }?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd as _;
+
+    use nix::sys::socket::getsockopt;
+
+    use super::*;
+
+    #[test]
+    fn a_short_road_keeps_the_congestion_control_of_the_system() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        let before = getsockopt(&far, sockopt::TcpCongestion).unwrap();
+        let rtt = round_trip(near.as_fd()).unwrap();
+        assert!(rtt < LONG, "{rtt:?} through memory");
+        go_far(far.as_fd());
+        assert_eq!(getsockopt(&far, sockopt::TcpCongestion).unwrap(), before);
+    }
+
+    #[test]
+    fn what_is_not_connected_has_no_round_trip() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(round_trip(listener.as_fd()).is_err());
+    }
 }

@@ -4,7 +4,7 @@ mod follow;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::control::{self, Asked, Question};
 use super::dial::dial;
+use super::fd::go_far;
 use super::half::{Half, Signals};
 use super::journal::Journal;
 use super::mend::Mender;
@@ -58,6 +59,8 @@ struct Parent {
     captured: bool,
     half: Half,
     restarts: u32,
+    /// The connection that the other half has, until it is let in.
+    dialled: Option<OwnedFd>,
     /// For `status`.
     state: &'static str,
     begun: Instant,
@@ -169,6 +172,7 @@ pub(crate) async fn run(args: Up) -> Outcome {
         captured: false,
         half,
         restarts: 0,
+        dialled: None,
         state: "connecting",
         begun: Instant::now(),
         since: Instant::now(),
@@ -276,6 +280,7 @@ impl Parent {
             Report::Dial => self.dial().await,
             Report::Welcomed { welcome } => self.welcomed(&welcome).await,
             Report::Lost { why, retry_ms } => {
+                self.dialled = None;
                 let why = shown(&why);
                 self.turn += 1;
                 let first = self.state != "reconnecting" || self.trouble.as_ref() != Some(&why);
@@ -315,6 +320,7 @@ impl Parent {
         }
         eprintln!("the half that talks to the gateway ended ({status}): starting it again");
         self.half = Half::start()?;
+        self.dialled = None;
         self.state = "reconnecting";
         self.begin().await
     }
@@ -331,7 +337,11 @@ impl Parent {
         };
         let address = self.addresses[self.turn % self.addresses.len()];
         match dial(address) {
-            Ok(fd) => self.tell(&Order::Dialled { token }, Some(&fd)).await,
+            Ok(fd) => {
+                self.tell(&Order::Dialled { token }, Some(&fd)).await?;
+                self.dialled = Some(fd);
+                Ok(())
+            }
             Err(error) => {
                 let why = format!("cannot connect to {address}: {}", error.desc());
                 self.tell(&Order::NotDialled { why, last: false }, None)
@@ -341,6 +351,10 @@ impl Parent {
     }
 
     async fn welcomed(&mut self, welcome: &Welcome) -> Outcome {
+        if let Some(connection) = self.dialled.take() {
+            // The other half may not choose what is not allowed to everybody.
+            go_far(connection.as_fd());
+        }
         let judged = plan::judge(&self.args, &mut self.plan, welcome, &self.local);
         if let Err(failure) = judged {
             let why = failure.to_string();

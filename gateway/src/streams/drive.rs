@@ -14,6 +14,7 @@ use rvpn_proto::control::close;
 use rvpn_proto::streams::MAX_SENT;
 use rvpn_proto::streams::mux::Mux;
 use tokio::sync::mpsc;
+use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_tungstenite::tungstenite::Message;
 use tracing::debug;
@@ -107,7 +108,8 @@ impl<'a> Drive<'a> {
             return broken.into();
         }
         self.flushing = true;
-        poll_fn(|cx| {
+        // What a turn may do is bounded here; tokio's own bound would end it early.
+        unconstrained(poll_fn(|cx| {
             let before = self.totals;
             let end = self.turn(cx);
             self.publish();
@@ -116,7 +118,7 @@ impl<'a> Drive<'a> {
                     - before.inbound.wire,
             );
             end
-        })
+        }))
         .await
     }
 
@@ -226,18 +228,16 @@ impl<'a> Drive<'a> {
             while let Poll::Ready(Some(answer)) = self.answers.poll_recv(cx) {
                 self.feed(answer)?;
             }
+            if self.flushing {
+                continue;
+            }
             self.message.clear();
             let polled = self.mux.poll_send(cx, &mut self.message, MAX_SENT);
             if polled.is_pending() {
-                if !self.flushing {
-                    return Ok(false);
-                }
-                continue;
+                return Ok(false);
             }
-            let message = Bytes::from(std::mem::take(&mut self.message));
-            self.feed(Message::Binary(message.clone()))?;
-            // The transport has copied it, so the buffer is ours alone again.
-            self.message = message.try_into_mut().map(Vec::from).unwrap_or_default();
+            self.socket.data(cx, &self.message)?;
+            self.flushing = true;
         }
         Ok(true)
     }

@@ -51,7 +51,7 @@ pub struct Limits {
 }
 
 /// Bytes of one stream that wait to be sent.
-pub const WAITING: usize = 128 * 1024;
+pub const WAITING: usize = 256 * 1024;
 
 impl Default for Limits {
     fn default() -> Limits {
@@ -60,7 +60,7 @@ impl Default for Limits {
             accepted: 0,
             // Together with what waits on the other way, and in the hands of
             // whoever reads, 1 MiB.
-            window: 768 * 1024,
+            window: 640 * 1024,
             unread: 64 * 1024 * 1024,
             share: 32 * 1024,
         }

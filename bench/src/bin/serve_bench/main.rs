@@ -33,8 +33,10 @@ usage: serve_bench [--quick] [--rounds N] [--seconds S] [--rathole PROGRAM]
   --seconds   counted for each figure (1)
   --rathole   the other tunnel's program (not measured without it)";
 
-/// The name that visitors ask for.
+/// The names that visitors ask for, of a client with one connection and of one with several.
 const NAME: &str = "app.bench.test";
+const NAME_MANY: &str = "many.bench.test";
+const CONNECTIONS: &str = "4";
 /// Where the server listens for its tunnel, and for those who come straight.
 const LOCAL: &str = "127.0.0.1:8443";
 const STRAIGHT: u16 = 8444;
@@ -119,6 +121,7 @@ struct Road {
     column: Column,
     to: SocketAddr,
     server: TcpListener,
+    tls: Tls,
     _tunnel: Vec<Daemon>,
 }
 
@@ -128,8 +131,20 @@ fn run(plan: &Plan) -> Outcome<()> {
     let helper = Helper::serving(&lab, "slots = 2\nmax-slots = 4\n");
     let gateway = Gateway::start(&lab, &helper, "");
     let visitor = Machine::new(&lab, "visitor", 20);
-    let tls = Tls::new(NAME)?;
-    let mut roads = vec![straight(&lab)?, ours(&lab, &gateway)?];
+    let one = Machine::new(&lab, "ours", 21);
+    let many = Machine::new(&lab, "many", 24);
+    let mut roads = vec![
+        straight(&lab)?,
+        ours(&lab, &gateway, &one, Column::Ours, NAME, &[])?,
+        ours(
+            &lab,
+            &gateway,
+            &many,
+            Column::OursMany,
+            NAME_MANY,
+            &["--connections", CONNECTIONS],
+        )?,
+    ];
     if let Some(program) = &plan.rathole {
         let (server, client) = (&lab.nb, Machine::new(&lab, "theirs", 22));
         let peer = Rathole::new(program, &lab.dir.join("rathole"))?;
@@ -138,11 +153,12 @@ fn run(plan: &Plan) -> Outcome<()> {
             column: Column::Rathole,
             to: peer::entrance(NB4)?,
             server: client.ns.tcp(LOCAL),
+            tls: Tls::new(NAME)?,
             _tunnel: daemons,
         });
     }
     for road in &roads {
-        until_open(&visitor, road, &tls)?;
+        until_open(&visitor, road)?;
     }
     let mut results = Results::default();
     for round in 0..plan.rounds {
@@ -152,7 +168,8 @@ fn run(plan: &Plan) -> Outcome<()> {
             for visitors in VISITORS {
                 for way in Way::BOTH {
                     let (from, server) = (&visitor.ns, &road.server);
-                    let speed = load::run(from, road.to, server, visitors, way, plan.span, &tls)?;
+                    let speed =
+                        load::run(from, road.to, server, visitors, way, plan.span, &road.tls)?;
                     results.put(road.column, way, visitors, round, speed);
                 }
             }
@@ -177,35 +194,52 @@ fn straight(lab: &Lab) -> Outcome<Road> {
         column: Column::Straight,
         to,
         server: machine.ns.tcp(&to.to_string()),
+        tls: Tls::new(NAME)?,
         _tunnel: Vec::new(),
     })
 }
 
 /// Through the gateway: the server's own certificate, by the visitor's SNI.
-fn ours(lab: &Lab, gateway: &Gateway) -> Outcome<Road> {
-    let machine = Machine::new(lab, "ours", 21);
-    let words = ["invite", "ours", "--address", GW4, "--name", NAME];
+fn ours(
+    lab: &Lab,
+    gateway: &Gateway,
+    machine: &Machine,
+    column: Column,
+    name: &'static str,
+    more: &[&str],
+) -> Outcome<Road> {
+    let words = [
+        "invite",
+        machine.ns.name,
+        "--address",
+        GW4,
+        "--name",
+        name,
+    ];
     let link = operator(lab, gateway, &words).good();
     machine
         .rvpn(&["join", link.trim(), "--name", "home"])
         .good();
     let target = format!("tls://{LOCAL}");
-    let log = fs::File::create(lab.dir.join("serve.log"))?;
-    let mut command = machine.command(&["serve", &target, "--name", NAME]);
+    let log = fs::File::create(lab.dir.join(format!("{name}.log")))?;
+    let mut words = vec!["serve", &target, "--name", name];
+    words.extend(more);
+    let mut command = machine.command(&words);
     command
         .stdout(log.try_clone()?)
         .stderr(log)
         .stdin(Stdio::null());
     Ok(Road {
-        column: Column::Ours,
+        column,
         to: format!("{GW4}:443").parse()?,
         server: machine.ns.tcp(LOCAL),
+        tls: Tls::new(name)?,
         _tunnel: vec![machine.ns.daemon(&mut command)],
     })
 }
 
 /// Waits until a visitor gets through.
-fn until_open(visitor: &Machine, road: &Road, tls: &Tls) -> Outcome<()> {
+fn until_open(visitor: &Machine, road: &Road) -> Outcome<()> {
     let begun = Instant::now();
     let short = Span {
         warm: Duration::from_millis(20),
@@ -213,7 +247,7 @@ fn until_open(visitor: &Machine, road: &Road, tls: &Tls) -> Outcome<()> {
     };
     loop {
         let (from, server) = (&visitor.ns, &road.server);
-        match load::run(from, road.to, server, 1, Way::Down, short, tls) {
+        match load::run(from, road.to, server, 1, Way::Down, short, &road.tls) {
             Ok(speed) if speed > 0.0 => return Ok(()),
             _ if begun.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(50)),
             Ok(_) => return Err(format!("{}: nothing gets through", road.column).into()),

@@ -15,6 +15,8 @@ use crate::load::Way;
 pub(crate) enum Column {
     Straight,
     Ours,
+    /// With several connections to the gateway.
+    OursMany,
     Rathole,
 }
 
@@ -23,6 +25,7 @@ impl fmt::Display for Column {
         f.write_str(match self {
             Column::Straight => "no tunnel",
             Column::Ours => "rvpn serve",
+            Column::OursMany => "rvpn serve --connections 4",
             Column::Rathole => "rathole with TLS",
         })
     }
@@ -74,7 +77,12 @@ impl Results {
         let mut table = |title: &str, value: &dyn Fn(Column, Way, usize) -> String| {
             let _ = writeln!(text, "## {title}\n\n| | {} |", heads.join(" | "));
             let _ = writeln!(text, "|---|{}", "---|".repeat(heads.len()));
-            for column in [Column::Straight, Column::Ours, Column::Rathole] {
+            for column in [
+                Column::Straight,
+                Column::Ours,
+                Column::OursMany,
+                Column::Rathole,
+            ] {
                 if !self.of(column, Way::Down, VISITORS[0]).is_empty() {
                     let cells: Vec<_> = columns().map(|(w, n)| value(column, w, n)).collect();
                     let _ = writeln!(text, "| {column} | {} |", cells.join(" | "));
@@ -92,6 +100,10 @@ impl Results {
         table(
             "`rvpn serve` in terms of each, the same round",
             &|column, way, n| self.ratio((Column::Ours, n), (column, n), way),
+        );
+        table(
+            "`rvpn serve --connections 4` in terms of each, the same round",
+            &|column, way, n| self.ratio((Column::OursMany, n), (column, n), way),
         );
         text
     }

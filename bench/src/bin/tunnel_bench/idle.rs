@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt};
-use rvpn_lab::tunnel_client::{Session, Speech, Target, on};
+use rvpn_lab::tunnel_client::{Event, Login, Session, Speech, Target, on};
 use rvpn_lab::{Gateway, Lab};
 use tokio::sync::watch;
 use tokio::task::JoinHandle as JoinTask;
@@ -14,12 +14,16 @@ use tokio::time::timeout;
 use crate::cpu::{self, Who};
 
 const SPEECH: Speech = Speech::Native { offload: true };
+/// The close code that says so, how often it is heeded, and how long.
+const LATER: u16 = 1013;
+const TRIES: u32 = 20;
+const WAIT: Duration = Duration::from_millis(500);
 /// For all of them to be connected, and watched.
 const CONNECTED: Duration = Duration::from_secs(200);
 /// For what the first one left.
 const SETTLE_FIRST: Duration = Duration::from_millis(300);
 /// Handshakes under way at once.
-const AT_ONCE: usize = 64;
+const AT_ONCE: usize = 32;
 /// For buffers that are given back when nothing comes.
 const SETTLE: Duration = Duration::from_secs(3);
 /// Between two looks at a connection on which nothing comes.
@@ -30,6 +34,8 @@ const WATCHED: Duration = Duration::from_secs(5);
 /// What so many clients cost.
 pub(crate) struct Cost {
     pub(crate) clients: usize,
+    /// Those of them that were not let in, or did not stay.
+    pub(crate) missing: usize,
     /// Private memory of the gateway for each, in KiB.
     pub(crate) user: f64,
     /// The kernel's for a lease's device, before anybody has it, in KiB.
@@ -68,7 +74,7 @@ impl Idle {
         let thread = std::thread::spawn(move || {
             on(&phone, async || {
                 // The first one pays for what all share.
-                drop(Session::open(&target, SPEECH, &first).await);
+                drop(open(&target, &first).await);
                 tokio::time::sleep(SETTLE_FIRST).await;
                 let (kept, mut cost) = connect(&target, &tokens, &who, &stopped).await;
                 cost.device = device;
@@ -83,6 +89,9 @@ impl Idle {
         let thread = Some(thread);
         let idle = Idle { stop, thread };
         let cost = told.recv_timeout(CONNECTED)?;
+        if cost.missing * 100 > clients {
+            return Err(format!("{} of them were not let in or did not stay", cost.missing).into());
+        }
         Ok((idle, cost))
     }
 }
@@ -97,6 +106,22 @@ impl Drop for Idle {
     }
 }
 
+/// A session; one that is told to come again later does so.
+async fn open(target: &Target, token: &str) -> Option<Session> {
+    for _ in 0..TRIES {
+        let login = Login::default();
+        match Session::try_open(target, SPEECH, SPEECH.path(), Some(token), login).await {
+            Ok(session) => return Some(session),
+            Err(closed) if closed.code == LATER => tokio::time::sleep(WAIT).await,
+            Err(closed) => {
+                eprintln!("an idle client was not let in: {closed:?}");
+                return None;
+            }
+        }
+    }
+    None
+}
+
 async fn connect(
     target: &Target,
     tokens: &[String],
@@ -106,12 +131,13 @@ async fn connect(
     let clients = tokens.len();
     let (user, kernel) = (private(who), cpu::kernel());
     let (begun, before) = (Instant::now(), spent(who));
-    let open = tokens
-        .iter()
-        .map(|token| Session::open(target, SPEECH, token));
+    let open = tokens.iter().map(|token| open(target, token));
     let mut opened = stream::iter(open).buffer_unordered(AT_ONCE);
     let mut kept = Vec::with_capacity(clients);
-    while let Some(mut session) = opened.next().await {
+    while let Some(session) = opened.next().await {
+        let Some(mut session) = session else {
+            continue;
+        };
         let mut stopped = stopped.clone();
         // Reads on, so that the gateway's keepalive is answered.
         kept.push(tokio::spawn(async move {
@@ -119,7 +145,11 @@ async fn connect(
                 tokio::select! {
                     _ = stopped.wait_for(|stop| *stop) => return,
                     // The laboratory fails one that waits too long in vain.
-                    _ = timeout(AGAIN, session.rx.event()) => {}
+                    said = timeout(AGAIN, session.rx.event()) => {
+                        if matches!(said, Ok(Event::Closed(_))) {
+                            return;
+                        }
+                    }
                 }
             }
         }));
@@ -127,7 +157,9 @@ async fn connect(
     drop(opened);
     let (connected, login) = (begun.elapsed(), spent(who) - before);
     tokio::time::sleep(SETTLE).await;
-    let each = |all: f64| all / clients as f64;
+    let there = || kept.iter().filter(|task| !task.is_finished()).count();
+    let counted = there().max(1) as f64;
+    let each = |all: f64| all / counted;
     let user = private(who) - user;
     let kernel = cpu::kernel().saturating_sub(kernel) as f64;
     let before = spent(who);
@@ -135,6 +167,7 @@ async fn connect(
     let quiet = (spent(who) - before) / WATCHED.as_secs_f64();
     let cost = Cost {
         clients,
+        missing: clients - there(),
         user: each(user),
         device: 0.0,
         connection: each(kernel),

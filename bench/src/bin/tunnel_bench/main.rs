@@ -96,7 +96,14 @@ fn run(plan: &Plan) -> Result<(), Box<dyn std::error::Error>> {
         eprintln!("{clients} idle clients");
         match guarded(|| sides::idle(plan, clients, &mut results)) {
             Ok((cost, played)) => {
-                costs.extend(cost);
+                if let Some(cost) = cost {
+                    if cost.missing > 0 {
+                        let what =
+                            format!("of {clients} idle clients {} were missing", cost.missing);
+                        results.notes.push(what);
+                    }
+                    costs.push(cost);
+                }
                 if let Err(e) = played {
                     note(
                         &mut results,

@@ -1,9 +1,11 @@
 //! Roads that lose packets or are narrow.
 
+use std::net::UdpSocket;
+use std::os::fd::AsFd as _;
 use std::process::Command;
 
-use rvpn_lab::Ns;
 use rvpn_lab::topology::FAR4;
+use rvpn_lab::{Ns, raw};
 
 use crate::Way;
 use crate::args::Plan;
@@ -24,6 +26,7 @@ pub(crate) const LOSSES: [u32; 2] = [10, 30];
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wrong {
     Loss,
+    Far,
     Narrow,
 }
 
@@ -63,13 +66,22 @@ impl<'a> Condition<'a> {
         deaf(far, &format!("ip daddr {FAR4}"), n);
         for gateway in gateways {
             deaf(gateway, &format!("ip saddr {FAR4}"), n);
+            // A packet from a tunnel's device is cut only where the next one
+            // cannot do it.
+            checksums(gateway, false).expect("a device without offload");
         }
         let [one, other] = gateways;
         Condition {
             ends: vec![far, one, other],
-            wrong: Wrong::Loss,
+            wrong: Wrong::Far,
         }
     }
+}
+
+/// Whether checksums, and with them segmentation, are left to the wire.
+fn checksums(ns: &Ns, on: bool) -> std::io::Result<()> {
+    let socket = ns.run(|| UdpSocket::bind("0.0.0.0:0"))?;
+    raw::offload_checksums(socket.as_fd(), "wan0", on)
 }
 
 /// Of a thousand such packets from the wire a host does not hear so many.
@@ -89,8 +101,12 @@ impl Drop for Condition<'_> {
         for ns in &self.ends {
             let words: &[&str] = match self.wrong {
                 Wrong::Narrow => &["tc", "qdisc", "del", "dev", "wan0", "root"],
-                Wrong::Loss => {
+                Wrong::Loss | Wrong::Far => {
                     ns.ip("link set wan0 gso_max_segs 65535");
+                    if self.wrong == Wrong::Far {
+                        // It was there before.
+                        let _on = checksums(ns, true);
+                    }
                     &["nft", "delete", "table", "ip", "rough"]
                 }
             };

@@ -44,7 +44,12 @@ impl Part {
     /// Whether this way has it.
     fn known(self, kind: Kind) -> bool {
         match self {
-            Part::Tcp | Part::Rough => true,
+            Part::Tcp => true,
+            // What carries the same bytes the same way says nothing new there.
+            Part::Rough => !matches!(
+                kind,
+                Kind::RawTls | Kind::Stunnel | Kind::BoringTun | Kind::Naive { .. }
+            ),
             Part::Udp => kind.carries_packets(),
             Part::Rougher => matches!(kind, Kind::Plain | Kind::Ours { offload: true }),
             Part::Delay => slow::compared(kind),
@@ -78,15 +83,14 @@ impl Part {
     }
 
     /// How long it takes for one way, roughly.
-    fn takes(self, plan: &Plan, kind: Kind) -> Duration {
+    fn takes(self, plan: &Plan) -> Duration {
         let one = plan.warm + plan.count;
         let long = plan.warm * 4 + plan.count * 2;
         let connect = Duration::from_millis(500);
         match self {
             Part::Tcp => one * 6 + plan.idle + connect,
             Part::Udp => plan.trial * 50,
-            Part::Rough if kind.carries_packets() => long * 4 + connect * 2,
-            Part::Rough => long * 2,
+            Part::Rough => long * 4 + connect * 2,
             Part::Rougher => (long * 2 + connect) * 2,
             Part::Delay => slow::DELAYS.into_iter().fold(Duration::ZERO, |sum, delay| {
                 let trip = Duration::from_millis(delay);
@@ -101,7 +105,7 @@ pub(crate) fn due(plan: &Plan, part: Part, kind: Kind, round: u32) -> bool {
     let rounds = if part.judged(kind) {
         plan.rounds
     } else {
-        REPORTED
+        plan.rounds.min(REPORTED)
     };
     part.wanted(plan) && part.known(kind) && round < rounds
 }
@@ -115,7 +119,7 @@ pub(crate) fn estimate(plan: &Plan, kinds: &[Kind]) -> Duration {
             .flat_map(|part| kinds.iter().map(move |kind| (part, *kind)))
         {
             if due(plan, part, kind, round) {
-                sum += part.takes(plan, kind);
+                sum += part.takes(plan);
             }
         }
     }
@@ -134,4 +138,38 @@ pub(crate) fn estimate(plan: &Plan, kinds: &[Kind]) -> Duration {
         sum += one * 4 * plan.rounds + seconds(15) + Duration::from_millis(7) * *clients as u32;
     }
     sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Part, REPORTED, due};
+    use crate::args::Plan;
+    use crate::road::Kind;
+
+    fn plan(words: &str) -> Plan {
+        let words = words.split_whitespace().map(str::to_owned);
+        Plan::new(words).expect("a plan")
+    }
+
+    #[test]
+    fn what_no_target_is_about_is_measured_in_the_first_rounds_only() {
+        let plan = plan("--parts all --rounds 5");
+        let ours = Kind::Ours { offload: true };
+        assert!(due(&plan, Part::Tcp, ours, 4), "a target is about it");
+        assert!(!due(&plan, Part::Tcp, ours, 5), "there are five rounds");
+        assert!(due(&plan, Part::Tcp, Kind::Stunnel, REPORTED - 1));
+        assert!(!due(&plan, Part::Tcp, Kind::Stunnel, REPORTED));
+        assert!(!due(&plan, Part::Delay, ours, REPORTED));
+    }
+
+    #[test]
+    fn only_what_is_asked_for_and_a_way_can_do_is_measured() {
+        let asked = plan("--parts udp");
+        assert!(due(&asked, Part::Udp, Kind::BoringTun, 0));
+        assert!(!due(&asked, Part::Tcp, Kind::BoringTun, 0));
+        assert!(
+            !due(&asked, Part::Udp, Kind::Stunnel, 0),
+            "it carries no datagrams"
+        );
+    }
 }

@@ -24,6 +24,8 @@ use crate::stage::{TCP, congestion};
 const BUILT: Duration = Duration::from_secs(240);
 /// For one answer.
 const ANSWERED: Duration = Duration::from_secs(60);
+/// Of a log, when something failed.
+const LINES: usize = 20;
 /// Leases beside those that are counted.
 const SPARE: usize = 12;
 const DEVICE_ROUNDS: u32 = 9;
@@ -130,6 +132,13 @@ fn serve(
     let listener = lab.up.tcp(&format!("{FAR4}:{TCP}"));
     let machines = machines(&lab, &gateway, side.busy);
     let idle = (side.idle > 0).then(|| Idle::connect(&lab, &gateway, side.idle, device));
+    if let Some(Err(_)) = &idle {
+        // Why is in one of these.
+        for log in [gateway.log(), helper.log()] {
+            let lines: Vec<&str> = log.lines().rev().take(LINES).collect();
+            lines.iter().rev().for_each(|line| eprintln!("{line}"));
+        }
+    }
     let (idle, cost) = idle.transpose()?.unzip();
     let ups = up(&machines)?;
     answer.send(Ok(Answer::Ready(cost)))?;

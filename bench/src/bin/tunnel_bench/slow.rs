@@ -49,6 +49,7 @@ pub(crate) fn compared(kind: Kind) -> bool {
         kind,
         Kind::Plain
             | Kind::Ours { offload: true }
+            | Kind::Naive { long: true }
             | Kind::OpenVpn { tcp: true }
             | Kind::Ocserv { dtls: false }
     )

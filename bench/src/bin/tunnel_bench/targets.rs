@@ -110,7 +110,7 @@ fn udp(rows: &mut Rows, results: &Results, kinds: &[Kind]) {
             let what = format!(
                 "UDP {size} bytes {} without loss, of the best peer ({})",
                 way.name(),
-                best.map_or("none is installed", |(k, _)| k.name())
+                best.map_or("none was measured", |(k, _)| k.name())
             );
             rows.add(&what, Bound::Least(1.3), ratio, "x");
         }
