@@ -5,6 +5,7 @@
 //! no rights (see [`carry`]). A third, without a part in it, waits for this one
 //! to die and then mends what it left behind.
 
+mod apart;
 pub(crate) mod carry;
 mod control;
 mod device;

@@ -160,7 +160,13 @@ impl Carriage for Plainly {
         self.pump.inbound(read, totals, now);
     }
 
-    fn message(&mut self, buffer: &mut BytesMut, totals: &mut Totals, now: Instant) -> bool {
+    fn message(
+        &mut self,
+        buffer: &mut BytesMut,
+        _most: usize,
+        totals: &mut Totals,
+        now: Instant,
+    ) -> bool {
         while let Some(waiting) = self.pump.next_len(now) {
             let envelope =
                 self.dialect
@@ -173,7 +179,7 @@ impl Carriage for Plainly {
             if buffer.len() < prefix + waiting.whole {
                 buffer.resize(prefix + waiting.whole, 0);
             }
-            let Some((len, _)) = self.pump.take(&mut buffer[prefix..], totals) else {
+            let Some((len, _)) = self.pump.take(&mut buffer[prefix..], usize::MAX, totals) else {
                 continue;
             };
             buffer[..prefix].copy_from_slice(envelope.prefix());

@@ -21,7 +21,7 @@ use std::io::IoSlice;
 use rvpn_proto::gso::{Coalescer, Joins, Offer, Segments, VirtioHeader, rebuild, size, size_of};
 use rvpn_proto::nat::HEAD;
 use rvpn_proto::packet::{Parsed, parse};
-use rvpn_proto::queue::{Meta, Queue, Settings, Stats};
+use rvpn_proto::queue::{Meta, Next, Queue, Settings, Stats};
 use rvpn_proto::record::Offload;
 use rvpn_proto::validate::{self, FragmentBudget, Limits, Sources};
 use rvpn_proto::{gso, nat};
@@ -251,17 +251,20 @@ impl Pump {
     }
 
     /// Writes the packet that [`Pump::next_len`] told of to the start of `out`
-    /// and counts it. Its length, and what is left to do for it.
-    pub fn take(&mut self, out: &mut [u8], totals: &mut Totals) -> Option<(usize, Offload)> {
-        let next = self.queue.take(out)?;
+    /// and counts it. Its length, and what is left to do for it. Of a super-packet
+    /// that is longer than `most` the first segments, as many as are not.
+    pub fn take(
+        &mut self,
+        out: &mut [u8],
+        most: usize,
+        totals: &mut Totals,
+    ) -> Option<(usize, Offload)> {
+        let next = self.queue.take_part(out, most)?;
         let side = &mut totals.inbound;
-        let (len, offload) = if next.cut == 0 {
+        let (len, offload) = if next.cut == 0 && next.rest == 0 {
             (next.len, next.meta.offload)
         } else {
-            let whole = &mut out[..next.len];
-            let trimmed = parse(whole)
-                .and_then(|parsed| gso::trim(whole, &parsed, next.meta.offload, next.cut));
-            match trimmed {
+            match part(&mut out[..next.len], &next) {
                 Ok((parsed, offload)) => (parsed.len(), offload),
                 // Nothing that was queued is refused here.
                 Err(reason) => {
@@ -344,6 +347,18 @@ impl Drop for Pump {
     fn drop(&mut self) {
         self.budget.change(self.charged, 0);
     }
+}
+
+/// Of a TCP super-packet what goes now.
+fn part(packet: &mut [u8], next: &Next) -> Result<(Parsed, Offload), validate::DropReason> {
+    let mut left = (parse(packet)?, next.meta.offload);
+    if next.rest > 0 {
+        left = gso::shorten(packet, &left.0, left.1, next.rest)?;
+    }
+    if next.cut > 0 {
+        left = gso::trim(packet, &left.0, left.1, next.cut)?;
+    }
+    Ok(left)
 }
 
 fn micros(begun: Instant, now: Instant) -> u64 {

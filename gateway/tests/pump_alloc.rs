@@ -110,7 +110,7 @@ fn packets_to_the_client_take_no_memory_once_the_queue_has_seen_its_depth() {
             }
             while let Some(waiting) = pump.next_len(now) {
                 assert!(waiting.whole <= message.len());
-                pump.take(&mut message, totals);
+                pump.take(&mut message, 16 * 1024, totals);
             }
             pump.settle(totals);
         };

@@ -11,7 +11,7 @@ mod virtio;
 
 pub use self::coalesce::{Coalesced, Coalescer, Joins, Offer};
 pub use self::split::Segments;
-pub use self::trim::trim;
+pub use self::trim::{shorten, trim};
 pub use self::virtio::{VIRTIO_LEN, VirtioHeader};
 use crate::checksum;
 use crate::packet::{Parsed, Transport, put};

@@ -7,7 +7,9 @@
 mod packets;
 
 use packets::{LIMITS, V4, V6, finish, is_v6, l4, make_partial, outbound, tcp, udp};
-use rvpn_proto::gso::{Coalescer, Joins, Offer, Segments, finish_checksum, size, size_of, trim};
+use rvpn_proto::gso::{
+    Coalescer, Joins, Offer, Segments, finish_checksum, shorten, size, size_of, trim,
+};
 use rvpn_proto::packet::grammar::Rng;
 use rvpn_proto::packet::{Parsed, parse};
 use rvpn_proto::queue::{MIN_LIMIT, Meta, Queue, Settings};
@@ -483,6 +485,42 @@ fn segments_count_singly_in_every_drop_of_the_queue() {
     assert_eq!(stats.late.segments, 10 * stats.late.packets);
     let gone = stats.delivered.segments + stats.overflow.segments + stats.late.segments;
     assert_eq!((stats.queued.segments, gone), (0, 200));
+}
+
+#[test]
+fn the_parts_of_a_super_packet_are_its_segments() {
+    for flow in flows().into_iter().filter(|flow| !flow.udp) {
+        let offload = super_offload(flow, 1000);
+        for length in [5100, 5000, 1001] {
+            let mut packet = flow.packet(7, ACK | PSH | CWR, 100, &noise(3, length));
+            make_partial(&mut packet);
+            let parsed = parse(&packet).unwrap();
+            let all = segments(&mut packet.clone(), &parsed, offload);
+            for step in 1..all.len() {
+                let mut parts = Vec::new();
+                for cut in (0..all.len()).step_by(step) {
+                    let mut part = packet.clone();
+                    let rest = length.saturating_sub((cut + step) * 1000);
+                    let mut left = (parsed, offload);
+                    if rest > 0 {
+                        left = shorten(&mut part, &left.0, left.1, rest as u16).unwrap();
+                    }
+                    if cut > 0 {
+                        left = trim(&mut part, &left.0, left.1, cut as u16).unwrap();
+                    }
+                    parts.extend(segments(&mut part, &left.0, left.1));
+                }
+                assert_eq!(parts, all, "{length} bytes by {step}");
+            }
+            for rest in [length, length + 1, 1, length - 999] {
+                let refused = shorten(&mut packet.clone(), &parsed, offload, rest as u16);
+                assert!(
+                    refused.is_err() || (length - rest).is_multiple_of(1000),
+                    "{rest}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

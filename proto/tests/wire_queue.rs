@@ -346,6 +346,118 @@ fn a_tcp_super_packet_loses_a_segment_and_another_kind_is_dropped_whole() {
 }
 
 #[test]
+fn a_super_packet_goes_in_parts_between_which_others_pass() {
+    let len = 40 + 44 * 1400 + 700;
+    let mut queue = queue(2 << 20);
+    queue.push(&packet(1, 0, len), tcp_super(1400), 0);
+    queue.push(&packet(1, 1, 500), Meta::default(), 0);
+    let mut out = vec![0; len];
+    let (mut first, mut parts, mut pings) = (0, 0, 0);
+    while queue.next(0).is_some_and(|next| next.len == len) {
+        assert_eq!(queue.take_part(&mut out[1..], 12_000), None, "no room");
+        let next = queue.take_part(&mut out, 12_000).unwrap();
+        assert!(
+            out == packet(1, 0, len),
+            "whole, for whoever takes it to cut"
+        );
+        assert_eq!(next.cut, first);
+        assert!(next.remaining() <= 12_000);
+        first += u16::try_from((next.remaining() - 40).div_ceil(1400)).unwrap();
+        assert_eq!(
+            usize::from(next.rest),
+            (len - 40).saturating_sub(usize::from(first) * 1400)
+        );
+        assert!(balanced(queue.stats()));
+        assert_eq!(
+            queue.stats().delivered.segments,
+            u64::from(first) + u64::from(pings)
+        );
+        parts += 1;
+        // Behind the first part, whose turn may not be over, nothing waits for
+        // more than another one.
+        queue.push(&packet(9, parts, 84), Meta::default(), 0);
+        for _ in 0..2 {
+            if queue.next(0).unwrap().len == 84 {
+                queue.take(&mut out).unwrap();
+                pings += 1;
+            }
+        }
+    }
+    assert_eq!((first, parts), (45, 6));
+    assert!(pings >= parts - 1, "{pings}");
+    while let Some((_, bytes)) = pop(&mut queue, 0) {
+        assert!(flow_of(&bytes) == 9 || number_of(&bytes) == 1);
+    }
+    let stats = queue.stats();
+    assert_eq!(stats.delivered, stats.accepted);
+    assert_eq!(queue.held(), 0);
+}
+
+#[test]
+fn what_cannot_be_cut_goes_whole_and_a_long_segment_alone() {
+    let mut queue = queue(2 << 20);
+    let mut out = vec![0; MAX_PACKET];
+    let udp = Meta {
+        offload: Offload {
+            gso_type: gso_type::UDP_L4,
+            ..tcp_super(1400).offload
+        },
+        header_len: 28,
+    };
+    for (meta, len) in [
+        (Meta::default(), 9000),
+        (udp, 28 + 5 * 1400),
+        (tcp_super(1400), 1440),
+    ] {
+        queue.push(&packet(1, 0, len), meta, 0);
+        queue.next(0).unwrap();
+        let next = queue.take_part(&mut out, 1000).unwrap();
+        assert_eq!((next.remaining(), next.rest), (len, 0));
+        assert!(queue.is_empty());
+    }
+    queue.push(&packet(1, 0, 40 + 2 * 1400), tcp_super(1400), 0);
+    for rest in [1400, 0] {
+        queue.next(0).unwrap();
+        let next = queue.take_part(&mut out, 1).unwrap();
+        assert_eq!((next.remaining(), next.rest), (1440, rest));
+    }
+    assert!(queue.is_empty());
+}
+
+/// Ten bulk flows, and one that sends a small packet five times while each of
+/// those has its turn: it is not new, since it never left, but waits little.
+#[test]
+fn a_thin_flow_does_not_wait_for_all_others() {
+    let mut queue = queue(8 << 20);
+    let mut out = vec![0; MAX_PACKET];
+    let (mut sent, mut since, mut waits) = (0, 0, Vec::new());
+    let mut waiting = false;
+    for step in 0..2000 {
+        for flow in 0..10 {
+            if queue.bytes() < 4 << 20 {
+                queue.push(&packet(flow, 0, 40 + 45 * 1400), tcp_super(1400), 0);
+            }
+        }
+        // All bulk flows have had their first turns by then.
+        if step > 200 && step % 5 == 0 && !waiting {
+            queue.push(&packet(99, 0, 84), Meta::default(), 0);
+            (waiting, since) = (true, sent);
+        }
+        queue.next(0).unwrap();
+        let next = queue.take_part(&mut out, 12_000).unwrap();
+        if next.len == 84 {
+            waiting = false;
+            waits.push(sent - since);
+        }
+        sent += next.remaining();
+    }
+    waits.sort_unstable();
+    assert!(waits.len() > 300);
+    assert!(waits[waits.len() / 2] <= 12_000, "{waits:?}");
+    assert!(waits[waits.len() - 1] <= 60_000, "{waits:?}");
+}
+
+#[test]
 fn the_last_segment_is_never_cut_off() {
     // The clock jumps by hours, so that everything is overdue by far.
     let mut queue = queue(2 << 20);
@@ -406,7 +518,7 @@ fn nothing_is_lost_in_a_million_random_operations() {
         (state >> 33) % limit
     };
     let mut queue = queue(MIN_LIMIT * 2);
-    let (mut now, mut put, mut got) = (0, 0_u64, 0_u64);
+    let (mut now, mut put, mut got, mut parts) = (0, 0_u64, 0_u64, 0);
     let sample = packet(0, 0, MAX_PACKET);
     let mut bytes = sample.clone();
     let mut out = vec![0; MAX_PACKET];
@@ -433,9 +545,22 @@ fn nothing_is_lost_in_a_million_random_operations() {
             assert!(queue.push(&bytes[..len], meta, now));
             put += len as u64;
         } else if let Some(next) = queue.next(now) {
-            if random(4) == 0 {
-                continue;
-            }
+            let next = match random(4) {
+                0 => continue,
+                1 => {
+                    let most = random(20_000) as usize;
+                    let part = queue.take_part(&mut out, most).unwrap();
+                    assert_eq!((part.len, part.cut), (next.len, next.cut));
+                    let one = usize::from(part.meta.header_len + part.meta.offload.gso_size);
+                    assert!(part.rest == 0 || part.remaining() <= most.max(one));
+                    parts += u32::from(part.rest > 0);
+                    got += part.remaining() as u64;
+                    // The headers go with each part, but count once.
+                    got -= u64::from(part.rest > 0) * 40;
+                    continue;
+                }
+                _ => next,
+            };
             assert_eq!(queue.take(&mut out), Some(next));
             assert!(out[32..next.len] == sample[32..next.len], "step {step}");
             got += next.remaining() as u64;
@@ -445,6 +570,7 @@ fn nothing_is_lost_in_a_million_random_operations() {
     }
     let stats = queue.stats();
     assert_eq!((stats.accepted.bytes, stats.delivered.bytes), (put, got));
+    assert!(parts > 1000, "{parts}");
     for (cause, tally) in [
         ("overflow", stats.overflow),
         ("late", stats.late),

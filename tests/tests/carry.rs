@@ -55,6 +55,32 @@ fn a_file_is_whole_with_an_mtu_of_1400_without_offload() {
     files_are_whole(&["--mtu", "1400", "--no-offload"]);
 }
 
+/// On such a road super-packets go in parts: four streams each way fill it.
+#[test]
+fn files_are_whole_through_a_narrow_road() {
+    let lab = Lab::new();
+    let helper = Helper::serving(&lab, "");
+    let gateway = Gateway::start(&lab, &helper, "");
+    let phone = Machine::joined(&lab, &gateway, "phone", 10);
+    for end in [&phone.ns, &lab.gw] {
+        let words = "qdisc add dev wan0 root tbf rate 100mbit burst 64k limit 4000000";
+        end.sh("tc", &words.split(' ').collect::<Vec<_>>());
+    }
+    let up = phone.up(&["--no-dns"]);
+    let bytes = 3 << 20;
+    for (address, first) in [(UP4, 9000), (UP6, 9100)] {
+        for (way, port) in [(Way::Upload, first), (Way::Download, first + 50)] {
+            let all: Vec<_> = (port..port + 4)
+                .map(|port| start(&phone.ns, &lab.up, address, port, way, bytes))
+                .collect();
+            for transfer in all {
+                transfer.whole(bytes);
+            }
+        }
+    }
+    up.down();
+}
+
 /// The client's cable is pulled and another plugged in, with other addresses.
 #[test]
 fn a_network_change_keeps_lease_and_flow() {

@@ -9,6 +9,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, interval, sleep, timeout};
 use tokio_rustls::TlsConnector;
 
+use super::apart::Apart;
 use super::fd::tune;
 use super::parent::STEADY;
 use super::pump::{Carrier, Device, End, Session};
@@ -225,7 +226,7 @@ impl Child {
     }
 
     /// A connection made by the other half, and a token.
-    async fn dial(&mut self) -> Result<Option<(TcpStream, Hidden)>, Denied> {
+    async fn dial(&mut self) -> Result<Option<(Apart, Hidden)>, Denied> {
         self.report(&Report::Dial).await?;
         let (fd, token) = loop {
             match receive(&self.wire).await? {
@@ -273,7 +274,7 @@ impl Child {
                 }
             },
         }
-        Ok(Some((tcp, token)))
+        Ok(Some((Apart::new(tcp), token)))
     }
 
     /// Whether the other half accepts the welcome, and has a device for it.
@@ -306,7 +307,7 @@ impl Child {
     /// Packets, until there is an end; nothing if told to stop.
     async fn carry(
         &mut self,
-        socket: &mut Socket<TcpStream>,
+        socket: &mut Socket<Apart>,
         welcome: &Welcome,
     ) -> Result<Option<End>, Denied> {
         let Some(carrier) = &mut self.carrier else {

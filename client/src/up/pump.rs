@@ -16,19 +16,21 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures_util::{Sink, Stream};
 use rvpn_proto::control::{Goodbye, Message as Control, Stage, Welcome, patience};
-use rvpn_proto::gso::{Coalescer, Joins, Offer, VIRTIO_LEN, VirtioHeader, rebuild, size, trim};
+use rvpn_proto::gso::{
+    Coalescer, Joins, Offer, VIRTIO_LEN, VirtioHeader, rebuild, shorten, size, trim,
+};
 use rvpn_proto::packet::{Parsed, Side, parse};
-use rvpn_proto::queue::{Meta, Queue, Settings};
-use rvpn_proto::record::{HEADER_LEN, MESSAGE_LIMIT, Offload, Reader, header};
+use rvpn_proto::queue::{Meta, Next, Pace, Queue, Settings};
+use rvpn_proto::record::{HEADER_LEN, Offload, Reader, header};
 use rvpn_proto::validate::{Limits, inbound};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::net::TcpStream;
 use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
+use super::apart::Apart;
 use super::fd::watch;
 use super::wire::Way;
 use crate::link::Socket;
@@ -40,8 +42,8 @@ const DRAIN_BYTES: usize = 1024 * 1024;
 const DRAIN_PACKETS: usize = 512;
 /// Turns before the clock and the other half have theirs.
 const TURNS: usize = 4;
-/// What is given to the socket in one turn: less than is drained from the
-/// device, so that what is too much waits in the queue and not there.
+/// What is given to a socket that is fast in one turn: less than is drained
+/// from the device, so that what is too much waits in the queue and not there.
 const FLUSH_BYTES: usize = 48 * 1024;
 /// No header of a packet that passes is longer.
 const HEAD: usize = 128;
@@ -128,7 +130,7 @@ impl Carrier {
 
 /// One connection's part.
 pub(crate) struct Session<'a> {
-    pub(crate) socket: &'a mut Socket<TcpStream>,
+    pub(crate) socket: &'a mut Socket<Apart>,
     /// The newest ticket.
     pub(crate) ticket: &'a mut Option<String>,
     v4: Ipv4Addr,
@@ -145,6 +147,9 @@ pub(crate) struct Session<'a> {
     /// By when something must be heard.
     probe: Option<Instant>,
     flushing: bool,
+    /// How much the socket is given at once, and was given so far.
+    pace: Pace,
+    given: u64,
     timer: Pin<Box<Sleep>>,
     said: Option<Goodbye>,
 }
@@ -152,7 +157,7 @@ pub(crate) struct Session<'a> {
 impl<'a> Session<'a> {
     /// After a welcome.
     pub(crate) fn new(
-        socket: &'a mut Socket<TcpStream>,
+        socket: &'a mut Socket<Apart>,
         ticket: &'a mut Option<String>,
         welcome: &Welcome,
         datagrams: bool,
@@ -185,6 +190,8 @@ impl<'a> Session<'a> {
             waiting: None,
             probe: None,
             flushing: false,
+            pace: Pace::default(),
+            given: 0,
             timer: Box::pin(sleep_until(now)),
             said: None,
         }
@@ -412,10 +419,13 @@ impl<'a> Session<'a> {
         now: Instant,
     ) -> Result<bool, End> {
         if self.flushing {
-            return self.flush(cx);
+            return self.flush(cx, carrier.micros(now));
         }
-        let mut fed = 0;
-        while fed < FLUSH_BYTES && self.build(carrier, now) {
+        let (mut fed, most) = (0, self.pace.most());
+        let tcp = self.socket.get_mut().get_mut().0;
+        tcp.set(self.pace.is_slow());
+        while fed < most.min(FLUSH_BYTES) && self.build(carrier, most, now) {
+            self.given += carrier.message.len() as u64;
             fed += carrier.message.len();
             let message = carrier.message.split().freeze();
             let sent = Message::Binary(message.clone());
@@ -425,37 +435,42 @@ impl<'a> Session<'a> {
             self.flushing = true;
         }
         if self.flushing {
-            self.flush(cx)
-        } else {
-            Ok(false)
+            return self.flush(cx, carrier.micros(now));
         }
+        self.pace.empty();
+        Ok(false)
     }
 
     /// Whether the socket took everything, so that more can follow.
-    fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
+    fn flush(&mut self, cx: &mut Context<'_>, now: u64) -> Result<bool, End> {
         let flushed = Pin::new(&mut *self.socket).poll_flush(cx).map_err(lost)?;
         self.flushing = flushed.is_pending();
+        if self.flushing {
+            self.pace.full();
+        } else {
+            self.pace.took(now, self.given);
+        }
         Ok(!self.flushing)
     }
 
     /// Makes the next message of what waits.
-    fn build(&mut self, carrier: &mut Carrier, now: Instant) -> bool {
+    fn build(&mut self, carrier: &mut Carrier, most: usize, now: Instant) -> bool {
         let micros = carrier.micros(now);
         let buffer = &mut carrier.message;
         let mut used = 0;
         while let Some(next) = carrier.queue.next(micros) {
             let body = used + HEADER_LEN;
-            if used > 0 && body + next.remaining() > MESSAGE_LIMIT {
+            if used > 0 && body + next.remaining() > most {
                 break;
             }
             if buffer.len() < body + next.len {
                 buffer.resize(body + next.len, 0);
             }
-            let Some(next) = carrier.queue.take(&mut buffer[body..]) else {
+            let Some(next) = carrier.queue.take_part(&mut buffer[body..], most) else {
                 break;
             };
             let packet = &mut buffer[body..body + next.len];
-            let Some((length, offload)) = cut(packet, next.meta, next.cut) else {
+            let Some((length, offload)) = part(packet, &next) else {
                 carrier.outbound.dropped += 1;
                 continue;
             };
@@ -554,12 +569,18 @@ fn is_next_door(parsed: &Parsed, packet: &[u8]) -> bool {
     }
 }
 
-/// Cuts the segments off that waited too long. Its length and what is left to do.
-fn cut(packet: &mut [u8], meta: Meta, segments: u16) -> Option<(usize, Offload)> {
-    if segments == 0 {
-        return Some((packet.len(), meta.offload));
+/// Cuts the segments off that waited too long and those that go later. Its
+/// length and what is left to do.
+fn part(packet: &mut [u8], next: &Next) -> Option<(usize, Offload)> {
+    if next.cut == 0 && next.rest == 0 {
+        return Some((packet.len(), next.meta.offload));
     }
-    let parsed = parse(packet).ok()?;
-    let (left, offload) = trim(packet, &parsed, meta.offload, segments).ok()?;
-    Some((left.len(), offload))
+    let mut left = (parse(packet).ok()?, next.meta.offload);
+    if next.rest > 0 {
+        left = shorten(packet, &left.0, left.1, next.rest).ok()?;
+    }
+    if next.cut > 0 {
+        left = trim(packet, &left.0, left.1, next.cut).ok()?;
+    }
+    Some((left.0.len(), left.1))
 }

@@ -4,12 +4,13 @@ use std::any::Any;
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use nix::sys::socket::{MsgFlags, sendmsg};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
@@ -20,6 +21,8 @@ pub struct Counted {
     tcp: Option<TcpStream>,
     read: u64,
     written: u64,
+    /// See [`Io::keep_apart`].
+    apart: bool,
 }
 
 impl Counted {
@@ -29,6 +32,7 @@ impl Counted {
             tcp: Some(tcp),
             read: 0,
             written: 0,
+            apart: false,
         }
     }
 
@@ -68,6 +72,28 @@ impl Counted {
         }
     }
 
+    fn poll_write_apart(
+        &mut self,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let tcp = self.socket()?;
+        loop {
+            ready!(tcp.poll_write_ready(cx))?;
+            let flags = MsgFlags::MSG_EOR | MsgFlags::MSG_NOSIGNAL;
+            let sent = tcp.try_io(Interest::WRITABLE, || {
+                Ok(sendmsg::<()>(tcp.as_raw_fd(), bufs, &[], flags, None)?)
+            });
+            match sent {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                sent => {
+                    self.written += *sent.as_ref().unwrap_or(&0) as u64;
+                    return Poll::Ready(sent);
+                }
+            }
+        }
+    }
+
     fn socket(&self) -> io::Result<&TcpStream> {
         self.tcp
             .as_ref()
@@ -99,6 +125,9 @@ impl AsyncWrite for Counted {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if self.apart {
+            return self.poll_write_apart(cx, &[IoSlice::new(buf)]);
+        }
         let polled = self.pin()?.poll_write(cx, buf);
         if let Poll::Ready(Ok(n)) = polled {
             self.written += n as u64;
@@ -111,6 +140,9 @@ impl AsyncWrite for Counted {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if self.apart {
+            return self.poll_write_apart(cx, bufs);
+        }
         let polled = self.pin()?.poll_write_vectored(cx, bufs);
         if let Poll::Ready(Ok(n)) = polled {
             self.written += n as u64;
@@ -316,6 +348,16 @@ impl Io {
         match &mut self.layer {
             Layer::Plain(raw) => raw.get_mut().rehome(),
             Layer::Tls(tls) => tls.get_mut().0.get_mut().rehome(),
+        }
+    }
+
+    /// Whether the kernel may not join what is written from now on to what it has
+    /// already. It would do that up to 64 KiB, whatever it was told to hold
+    /// unsent at most, and on a slow link nothing passes those.
+    pub fn keep_apart(&mut self, apart: bool) {
+        match &mut self.layer {
+            Layer::Plain(raw) => raw.get_mut().apart = apart,
+            Layer::Tls(tls) => tls.get_mut().0.get_mut().apart = apart,
         }
     }
 

@@ -14,6 +14,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use rvpn_proto::queue::Pace;
 use tokio::sync::oneshot;
 use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -35,10 +36,10 @@ const DRAIN_BYTES: usize = 1024 * 1024;
 const DRAIN_PACKETS: usize = 512;
 /// Turns, after which the core's other sessions have theirs.
 const TURNS: usize = 4;
-/// What is given to the socket in one turn, one large message or several small
-/// ones. Much less than what is drained from
-/// the device in one: else a sender that is faster than we are would wait
-/// there, first come, first served, and not in the queue.
+/// What is given to a socket that is fast in one turn, one large message or
+/// several small ones. Much less than what is drained from the device in one:
+/// else a sender that is faster than we are would wait there, first come, first
+/// served, and not in the queue.
 const FLUSH_BYTES: usize = 48 * 1024;
 /// Control messages a client may send at once, and then per second.
 const CONTROL_BURST: u32 = 200;
@@ -82,9 +83,16 @@ pub trait Carriage {
     /// Takes what one read of the device gave, with its virtio header, into the queue.
     fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant);
 
-    /// Makes `buffer` the next data message, if anything is due. What it held
-    /// before is of no interest. Counts what it takes.
-    fn message(&mut self, buffer: &mut BytesMut, totals: &mut Totals, now: Instant) -> bool;
+    /// Makes `buffer` the next data message, if anything is due, of no more than
+    /// `most` bytes as far as its packets can be cut. What it held before is of
+    /// no interest. Counts what it takes.
+    fn message(
+        &mut self,
+        buffer: &mut BytesMut,
+        most: usize,
+        totals: &mut Totals,
+        now: Instant,
+    ) -> bool;
 
     /// Brings what was dropped unseen into the totals, once a turn.
     fn tally(&mut self, _totals: &mut Totals) {}
@@ -182,6 +190,9 @@ pub struct Drive<T, C> {
     /// Since when, and at which count of bytes, the socket has not taken everything.
     stuck: Option<(Instant, u64)>,
     flushing: bool,
+    /// How much the socket is given at once.
+    pace: Pace,
+    begun: Instant,
     control: Bucket,
     drops_seen: u64,
 }
@@ -220,6 +231,8 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
             pinged: now,
             stuck: None,
             flushing: false,
+            pace: Pace::default(),
+            begun: now,
             control: Bucket::full(now),
             drops_seen: 0,
         };
@@ -398,21 +411,22 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         if self.flushing && !self.flush(cx, now)? {
             return Ok(false);
         }
-        let mut fed = 0;
-        while fed < FLUSH_BYTES
+        let (mut fed, most) = (0, self.pace.most());
+        self.transport.keep_apart(self.pace.is_slow());
+        while fed < most.min(FLUSH_BYTES)
             && self
                 .carriage
-                .message(&mut scratch.message, &mut self.totals, now)
+                .message(&mut scratch.message, most, &mut self.totals, now)
         {
             fed += scratch.message.len();
             self.transport.data(cx, &scratch.message)?;
             self.flushing = true;
         }
         if self.flushing {
-            self.flush(cx, now)
-        } else {
-            Ok(false)
+            return self.flush(cx, now);
         }
+        self.pace.empty();
+        Ok(false)
     }
 
     /// Whether the socket took everything, so that more can follow.
@@ -420,11 +434,18 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         if self.transport.poll_flush(cx)?.is_pending() {
             let taken = self.transport.wire().1;
             self.stuck.get_or_insert((now, taken));
+            self.pace.full();
             return Ok(false);
         }
+        self.pace.took(self.micros(now), self.transport.wire().1);
         self.flushing = false;
         self.stuck = None;
         Ok(true)
+    }
+
+    fn micros(&self, now: Instant) -> u64 {
+        let passed = now.saturating_duration_since(self.begun).as_micros();
+        u64::try_from(passed).unwrap_or(u64::MAX)
     }
 
     /// The clock: silence, sockets that take nothing, our pings, delayed sends.

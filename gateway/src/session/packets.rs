@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use bytes::{Bytes, BytesMut};
-use rvpn_proto::record::{HEADER_LEN, MESSAGE_LIMIT, Reader, header};
+use rvpn_proto::record::{HEADER_LEN, Reader, header};
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -83,18 +83,25 @@ impl Carriage for Packets {
         self.pump.inbound(read, totals, now);
     }
 
-    fn message(&mut self, buffer: &mut BytesMut, totals: &mut Totals, now: Instant) -> bool {
+    fn message(
+        &mut self,
+        buffer: &mut BytesMut,
+        most: usize,
+        totals: &mut Totals,
+        now: Instant,
+    ) -> bool {
         let mut used = 0;
         while let Some(waiting) = self.pump.next_len(now) {
             let body = used + HEADER_LEN;
-            if used > 0 && body + waiting.remaining > MESSAGE_LIMIT {
+            if used > 0 && body + waiting.remaining > most {
                 break;
             }
             // The buffer keeps its length between messages, so this seldom fills it.
             if buffer.len() < body + waiting.whole {
                 buffer.resize(body + waiting.whole, 0);
             }
-            let Some((len, offload)) = self.pump.take(&mut buffer[body..], totals) else {
+            let taken = self.pump.take(&mut buffer[body..], most, totals);
+            let Some((len, offload)) = taken else {
                 continue;
             };
             let Ok(header) = header(len, offload) else {

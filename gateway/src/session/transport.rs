@@ -78,6 +78,10 @@ pub trait Transport {
     /// everything that was fed before is flushed. May write, does not flush.
     fn data(&mut self, cx: &mut Context<'_>, payload: &[u8]) -> Result<(), Broken>;
 
+    /// Whether the kernel may not join what is written from now on to what it
+    /// has already, see [`Io::keep_apart`].
+    fn keep_apart(&mut self, _apart: bool) {}
+
     /// Ready when the socket has taken everything that was fed.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>>;
 
@@ -205,6 +209,10 @@ impl Transport for Socket {
             .get_mut()
             .give(cx, &header[..length], payload)
             .map_err(|_| Broken::Lost)
+    }
+
+    fn keep_apart(&mut self, apart: bool) {
+        self.inner.get_mut().keep_apart(apart);
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {

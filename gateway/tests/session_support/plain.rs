@@ -54,7 +54,13 @@ impl Carriage for PlainCarriage {
         self.queue.push_back(read[VIRTIO_LEN..].to_vec());
     }
 
-    fn message(&mut self, buffer: &mut BytesMut, totals: &mut Totals, _now: Instant) -> bool {
+    fn message(
+        &mut self,
+        buffer: &mut BytesMut,
+        _most: usize,
+        totals: &mut Totals,
+        _now: Instant,
+    ) -> bool {
         let Some(packet) = self.queue.pop_front() else {
             return false;
         };

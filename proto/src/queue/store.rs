@@ -52,6 +52,20 @@ impl Waiting {
         self.meta.weight(self.remaining())
     }
 
+    /// So many segments are no longer than `most` with their headers, or one
+    /// if none is; nothing if that is all, or if it cannot be cut.
+    pub(super) fn segments_within(&self, most: usize) -> Option<u16> {
+        if self.remaining() <= most || !self.can_be_cut() {
+            return None;
+        }
+        let headers = usize::from(self.meta.header_len);
+        let segment = usize::from(self.meta.offload.gso_size);
+        let fit = (most.saturating_sub(headers) / segment).max(1);
+        // Fewer than there are, since all are longer than `most`, or one, and
+        // more than one is left.
+        u16::try_from(fit).ok()
+    }
+
     /// Whether a segment can go and at least one stay.
     pub(super) fn can_be_cut(&self) -> bool {
         let headers = usize::from(self.meta.header_len);
