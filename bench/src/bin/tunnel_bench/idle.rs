@@ -1,14 +1,20 @@
 //! What a client costs that has nothing to say.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use bytes::Bytes;
+use futures_util::FutureExt as _;
 use futures_util::stream::{self, StreamExt};
 use rvpn_lab::tunnel_client::{Event, Login, Session, Speech, Target};
 use rvpn_lab::{Gateway, Lab};
+use rvpn_proto::control::KEEPALIVE;
 use tokio::sync::watch;
 use tokio::task::JoinHandle as JoinTask;
+use tokio::time::{Instant, interval_at};
+use tokio_tungstenite::tungstenite::Message;
 
 use crate::cpu::{self, Who};
 
@@ -46,7 +52,7 @@ pub(crate) struct Cost {
     pub(crate) quiet: f64,
 }
 
-/// Clients that are connected and say nothing, until this is dropped.
+/// Clients that are connected and say nothing but that they are there, until this is dropped.
 pub(crate) struct Idle {
     stop: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
@@ -137,7 +143,11 @@ async fn connect(
     let clients = tokens.len();
     let (user, kernel) = (private(who), cpu::kernel());
     let (begun, before) = (Instant::now(), spent(who));
-    let open = tokens.iter().map(|token| open(target, token));
+    // One that panics, because nothing came in time, is one that is missing.
+    let open = tokens.iter().map(|token| async move {
+        let opened = AssertUnwindSafe(open(target, token)).catch_unwind().await;
+        opened.unwrap_or_default()
+    });
     let mut opened = stream::iter(open).buffer_unordered(AT_ONCE);
     let mut kept = Vec::with_capacity(clients);
     while let Some(session) = opened.next().await {
@@ -145,11 +155,19 @@ async fn connect(
             continue;
         };
         let mut stopped = stopped.clone();
-        // Reads on, so that the gateway's keepalive is answered.
+        // It pings as every client does; without that it would be given up while
+        // the others connect.
         kept.push(tokio::spawn(async move {
+            let mut pings = interval_at(Instant::now() + KEEPALIVE, KEEPALIVE);
             loop {
                 tokio::select! {
-                    _ = stopped.wait_for(|stop| *stop) => return,
+                    () = async { drop(stopped.wait_for(|stop| *stop).await) } => return,
+                    _ = pings.tick() => {
+                        let ping = Message::Ping(Bytes::new());
+                        if session.tx.try_message(ping).await.is_err() {
+                            return;
+                        }
+                    }
                     said = session.rx.wait() => {
                         if matches!(said, Event::Closed(_)) {
                             return;
