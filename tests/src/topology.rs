@@ -182,6 +182,11 @@ impl Lab {
         }
     }
 
+    /// The wire, and its device that a namespace is plugged into.
+    pub fn port(&self, ns: &Ns) -> (&Ns, String) {
+        (&self.wire, port(ns))
+    }
+
     /// Takes a client's cable away, with its addresses and routes.
     pub fn unplug(&self, client: &Ns) {
         client.ip("link del wan0");
@@ -201,11 +206,15 @@ impl Lab {
 
 /// Plugs a namespace into the wire with these addresses.
 fn attach(wire: &Ns, ns: &Ns, v4: &str, v6: &str) {
-    let port = format!("p-{}", ns.name);
+    let port = port(ns);
     connect(wire, &port, ns, "wan0");
     wire.ip(&format!("link set {port} master br0"));
     ns.ip(&format!("addr add {v4}/24 dev wan0"));
     ns.ip(&format!("addr add {v6}/64 dev wan0 nodad"));
+}
+
+fn port(ns: &Ns) -> String {
+    format!("p-{}", ns.name)
 }
 
 fn lead_out(ns: &Ns) {

@@ -5,7 +5,7 @@ use std::os::fd::AsFd as _;
 use std::process::Command;
 
 use rvpn_lab::topology::FAR4;
-use rvpn_lab::{Ns, raw};
+use rvpn_lab::{Lab, Ns, raw};
 
 use crate::Way;
 use crate::args::Plan;
@@ -23,17 +23,17 @@ pub(crate) const STREAMS: usize = 4;
 pub(crate) const LOSSES: [u32; 2] = [10, 30];
 
 /// What is wrong with a road.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wrong {
+enum Wrong<'a> {
     Loss,
-    Far,
+    /// With the far side's port of the wire.
+    Far(&'a Ns, String),
     Narrow,
 }
 
 /// A road's condition, until it is dropped.
 struct Condition<'a> {
     ends: Vec<&'a Ns>,
-    wrong: Wrong,
+    wrong: Wrong<'a>,
 }
 
 impl<'a> Condition<'a> {
@@ -51,8 +51,10 @@ impl<'a> Condition<'a> {
     /// The client and the gateways do not hear all of each other.
     fn loss(client: &'a Ns, address: &str, gateways: [&'a Ns; 2], n: u32) -> Condition<'a> {
         deaf(client, &format!("ip daddr {address}"), n);
+        cut(client, "wan0", true);
         for gateway in gateways {
             deaf(gateway, &format!("ip saddr {address}"), n);
+            cut(gateway, "wan0", true);
         }
         let [one, other] = gateways;
         Condition {
@@ -61,33 +63,41 @@ impl<'a> Condition<'a> {
         }
     }
 
-    /// The gateways and the far side do not.
-    fn far(far: &'a Ns, gateways: [&'a Ns; 2], n: u32) -> Condition<'a> {
+    /// The gateways and the far side do not. The road before the gateways is as it
+    /// always is, so packets are cut at the far side's ends of the wire only.
+    fn far(lab: &'a Lab, n: u32) -> Condition<'a> {
+        let (far, gateways) = (&lab.up, [&lab.gw, &lab.nb]);
         deaf(far, &format!("ip daddr {FAR4}"), n);
         for gateway in gateways {
             deaf(gateway, &format!("ip saddr {FAR4}"), n);
-            // A packet from a tunnel's device is cut only where the next one
-            // cannot do it.
-            checksums(gateway, false).expect("a device without offload");
         }
-        let [one, other] = gateways;
+        cut(far, "wan0", true);
+        let (wire, port) = lab.port(far);
+        cut(wire, &port, true);
+        checksums(wire, &port, false).expect("a device without offload");
         Condition {
-            ends: vec![far, one, other],
-            wrong: Wrong::Far,
+            ends: vec![far, gateways[0], gateways[1]],
+            wrong: Wrong::Far(wire, port),
         }
     }
 }
 
-/// Whether checksums, and with them segmentation, are left to the wire.
-fn checksums(ns: &Ns, on: bool) -> std::io::Result<()> {
+/// Whether a device cuts what it sends into packets of the wire: what is lost is
+/// one of those and not one of 64 KiB.
+fn cut(ns: &Ns, device: &str, on: bool) {
+    let most = if on { 1 } else { 65_535 };
+    ns.ip(&format!("link set {device} gso_max_segs {most}"));
+}
+
+/// Whether checksums are left to a device. A packet that came from a tunnel's is
+/// cut only where they are not.
+fn checksums(ns: &Ns, device: &str, on: bool) -> std::io::Result<()> {
     let socket = ns.run(|| UdpSocket::bind("0.0.0.0:0"))?;
-    raw::offload_checksums(socket.as_fd(), "wan0", on)
+    raw::offload_checksums(socket.as_fd(), device, on)
 }
 
 /// Of a thousand such packets from the wire a host does not hear so many.
 fn deaf(ns: &Ns, which: &str, n: u32) {
-    // What is lost is a packet of the wire and not one of 64 KiB.
-    ns.ip("link set wan0 gso_max_segs 1");
     let rules = format!(
         "add table ip rough; \
          add chain ip rough in {{ type filter hook prerouting priority -300; }}; \
@@ -98,21 +108,22 @@ fn deaf(ns: &Ns, which: &str, n: u32) {
 
 impl Drop for Condition<'_> {
     fn drop(&mut self) {
+        // What is left of it would only spoil later figures, which show it.
         for ns in &self.ends {
             let words: &[&str] = match self.wrong {
                 Wrong::Narrow => &["tc", "qdisc", "del", "dev", "wan0", "root"],
-                Wrong::Loss | Wrong::Far => {
-                    ns.ip("link set wan0 gso_max_segs 65535");
-                    if self.wrong == Wrong::Far {
-                        // It was there before.
-                        let _on = checksums(ns, true);
-                    }
+                Wrong::Loss | Wrong::Far(..) => {
+                    cut(ns, "wan0", false);
                     &["nft", "delete", "table", "ip", "rough"]
                 }
             };
-            // What is left of it would only spoil later figures, which show it.
             let mut command = Command::new(words[0]);
             let _done = ns.output(command.args(&words[1..]));
+        }
+        if let Wrong::Far(wire, port) = &self.wrong {
+            cut(wire, port, false);
+            // It was there before.
+            let _on = checksums(wire, port, true);
         }
     }
 }
@@ -155,7 +166,7 @@ pub(crate) fn roads(
         open.close();
     }
     if rougher {
-        let _condition = Condition::far(&stage.lab.up, gateways, LOSSES[0]);
+        let _condition = Condition::far(&stage.lab, LOSSES[0]);
         let (open, _) = road.open()?;
         for way in Way::BOTH {
             let moved = load(way, STREAMS)?;
