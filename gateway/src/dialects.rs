@@ -18,11 +18,10 @@ use tokio_tungstenite::tungstenite::Message;
 
 use crate::meter::{DropReason, Totals};
 use crate::pump::budget::Depth;
-use crate::pump::{Agreed, Identity, Pump};
+use crate::pump::{Agreed, Identity, Out, Pump};
 use crate::session::begin::{Greeting, Place, Protocol};
 use crate::session::drive::{Carriage, End, Patience};
 use crate::ticket::random;
-use crate::tun::Tun;
 
 /// The least time between the answer to the upgrade and a greeting: clients
 /// lose one that arrives in the same segment.
@@ -126,19 +125,9 @@ pub struct Plainly {
 }
 
 impl Carriage for Plainly {
-    fn outbound(
-        &mut self,
-        message: &Bytes,
-        tun: &Tun,
-        totals: &mut Totals,
-        scratch: &mut [u8],
-        now: Instant,
-    ) -> Result<(), End> {
+    fn outbound(&mut self, message: &Bytes, _from: usize, out: &mut Out<'_>) -> Result<usize, End> {
         match self.dialect.decode(Incoming::Binary(message)) {
-            Ok(Decoded::Packet(packet)) => {
-                self.pump
-                    .outbound(packet, Offload::NONE, tun, totals, scratch, now);
-            }
+            Ok(Decoded::Packet(packet)) => self.pump.outbound(packet, Offload::NONE, out),
             Ok(Decoded::Noise) => {}
             // These clients were never told off for nonsense, and some send it.
             Err(
@@ -147,13 +136,13 @@ impl Carriage for Plainly {
                 | DecodeError::TooLong { .. }
                 | DecodeError::Prefix { .. }
                 | DecodeError::Short { .. },
-            ) => totals.outbound.drop(DropReason::Malformed, 1),
+            ) => out.totals.outbound.drop(DropReason::Malformed, 1),
         }
-        Ok(())
+        Ok(message.len())
     }
 
-    fn flush(&mut self, tun: &Tun, totals: &mut Totals, scratch: &mut [u8]) {
-        self.pump.flush(tun, totals, scratch);
+    fn flush(&mut self, out: &mut Out<'_>) {
+        self.pump.flush(out);
     }
 
     fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant) {

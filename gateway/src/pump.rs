@@ -21,7 +21,7 @@ use std::io::IoSlice;
 use rvpn_proto::gso::{Coalescer, Joins, Offer, Segments, VirtioHeader, rebuild, size, size_of};
 use rvpn_proto::nat::HEAD;
 use rvpn_proto::packet::{Parsed, parse};
-use rvpn_proto::queue::{Meta, Next, Queue, Settings, Stats};
+use rvpn_proto::queue::{Meta, Next, Queue, Settings, Stats, Stride};
 use rvpn_proto::record::Offload;
 use rvpn_proto::validate::{self, FragmentBudget, Limits, Sources};
 use rvpn_proto::{gso, nat};
@@ -46,6 +46,21 @@ pub struct Agreed {
     pub offload: bool,
     /// What the device takes, as `TUN_F_*` bits.
     pub device: u16,
+}
+
+/// Where a client's packets go.
+pub struct Out<'a> {
+    /// Its device.
+    pub tun: &'a Tun,
+    /// What is counted.
+    pub totals: &'a mut Totals,
+    /// Room for the longest packet. What may go on with the next one stays
+    /// there until [`Pump::flush`].
+    pub scratch: &'a mut [u8],
+    /// When to look what has come of it.
+    pub stride: &'a mut Stride,
+    /// The time.
+    pub now: Instant,
 }
 
 /// The packet that goes next to the client.
@@ -107,28 +122,18 @@ impl Pump {
         }
     }
 
-    /// Client to device. Whatever does not pass is counted and forgotten. What
-    /// may go on with the next packet stays in `scratch`, which has room for
-    /// the longest packet, until [`Pump::flush`].
-    pub fn outbound(
-        &mut self,
-        packet: &[u8],
-        offload: Offload,
-        tun: &Tun,
-        totals: &mut Totals,
-        scratch: &mut [u8],
-        now: Instant,
-    ) {
+    /// Client to device. Whatever does not pass is counted and forgotten.
+    pub fn outbound(&mut self, packet: &[u8], offload: Offload, out: &mut Out<'_>) {
         let judged = validate::outbound(packet, offload, &self.limits, &self.sources)
-            .and_then(|parsed| self.admit(packet, parsed, now));
+            .and_then(|parsed| self.admit(packet, parsed, out.now));
         let parsed = match judged {
             Ok(parsed) => parsed,
-            Err(reason) => return totals.outbound.drop(reason.into(), 1),
+            Err(reason) => return out.totals.outbound.drop(reason.into(), 1),
         };
         loop {
-            match self.coalescer.offer(scratch, packet, &parsed, offload) {
+            match self.coalescer.offer(out.scratch, packet, &parsed, offload) {
                 Offer::Taken => return,
-                Offer::Flush => self.flush(tun, totals, scratch),
+                Offer::Flush => self.flush(out),
                 Offer::Pass => break,
             }
         }
@@ -137,16 +142,19 @@ impl Pump {
         let (first, rest) = packet[..parsed.len()].split_at(parsed.len().min(HEAD));
         let head = &mut head[..first.len()];
         head.copy_from_slice(first);
-        self.write(head, rest, &parsed, offload, tun, &mut totals.outbound);
+        let side = &mut out.totals.outbound;
+        self.write(head, rest, &parsed, offload, out.tun, side);
+        out.stride.wrote();
     }
 
     /// Writes what [`Pump::outbound`] kept. Without it, or with another
-    /// `scratch`, packets would be lost.
-    pub fn flush(&mut self, tun: &Tun, totals: &mut Totals, scratch: &mut [u8]) {
-        if let Some(kept) = self.coalescer.flush(scratch) {
-            let packet = &mut scratch[..kept.parsed.len()];
-            let side = &mut totals.outbound;
-            self.write(packet, &[], &kept.parsed, kept.offload, tun, side);
+    /// scratch, packets would be lost.
+    pub fn flush(&mut self, out: &mut Out<'_>) {
+        if let Some(kept) = self.coalescer.flush(out.scratch) {
+            let packet = &mut out.scratch[..kept.parsed.len()];
+            let side = &mut out.totals.outbound;
+            self.write(packet, &[], &kept.parsed, kept.offload, out.tun, side);
+            out.stride.wrote();
         }
     }
 

@@ -71,6 +71,18 @@ impl Tun {
         }
     }
 
+    /// Reads one packet that may have come since the device was last found empty,
+    /// which the runtime would tell only later. If there is none, nobody is woken
+    /// when one comes.
+    pub fn read_now(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        match self.fd.get_ref().read(buf) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => Ok(Some(n)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Writes one packet: its virtio header, what was rewritten of it, the rest.
     /// A TUN never makes its writer wait, so there is nothing to poll for.
     pub fn write(&self, parts: &[IoSlice<'_>]) -> Result<(), Refused> {

@@ -10,10 +10,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 
 use rvpn_gateway::meter::Totals;
-use rvpn_gateway::pump::{Agreed, Identity, Pump};
+use rvpn_gateway::pump::{Agreed, Identity, Out, Pump};
 use rvpn_gateway::tun::{MAX_READ, Tun, VIRTIO_LEN};
 use rvpn_lab::packet;
 use rvpn_proto::gso::VirtioHeader;
+use rvpn_proto::queue::Stride;
 use rvpn_proto::record::{Offload, Reader, append};
 use tokio::time::Instant;
 
@@ -144,19 +145,18 @@ async fn packets_to_the_device_take_no_memory() {
         let mut scratch = vec![0; MAX_READ];
         let mut got = vec![0; MAX_READ];
         let mut round = |pump: &mut Pump, totals: &mut Totals| {
-            let now = Instant::now();
+            let mut out = Out {
+                tun: &tun,
+                totals,
+                scratch: &mut scratch,
+                stride: &mut Stride::default(),
+                now: Instant::now(),
+            };
             for record in Reader::new(&message) {
                 let record = record.unwrap();
-                pump.outbound(
-                    record.packet,
-                    record.offload,
-                    &tun,
-                    totals,
-                    &mut scratch,
-                    now,
-                );
+                pump.outbound(record.packet, record.offload, &mut out);
             }
-            pump.flush(&tun, totals, &mut scratch);
+            pump.flush(&mut out);
             let mut reads = 0;
             while let Ok(n) = theirs.recv(&mut got) {
                 assert!(n > VIRTIO_LEN);

@@ -24,9 +24,11 @@ mod codel;
 mod flow;
 mod pace;
 mod store;
+mod stride;
 mod turn;
 
 pub use self::pace::Pace;
+pub use self::stride::Stride;
 
 use self::codel::Verdict;
 use self::store::{NONE, Store, Waiting, blocks};

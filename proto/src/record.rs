@@ -115,6 +115,11 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Bytes of the records that were read so far.
+    pub fn position(&self) -> usize {
+        self.at
+    }
+
     fn record(&mut self) -> Result<Record<'a>, Fault> {
         if self.message.len() > MAX_RECEIVED {
             return Err(Fault::MessageTooLong {

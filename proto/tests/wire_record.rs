@@ -205,6 +205,23 @@ fn thousands_of_tiny_records_are_walked_once() {
     assert_eq!(count, message.len() / 9);
 }
 
+#[test]
+fn a_message_can_be_read_in_parts() {
+    let mut message = Vec::new();
+    for n in 1..=9 {
+        append(&mut message, &vec![0x45; n], Offload::NONE).unwrap();
+    }
+    let (mut from, mut lengths) = (0, Vec::new());
+    while from < message.len() {
+        let mut reader = Reader::new(&message[from..]);
+        let part = reader.by_ref().take(2).map(|record| record.unwrap());
+        lengths.extend(part.map(|record| record.packet.len()));
+        from += reader.position();
+    }
+    assert_eq!(from, message.len());
+    assert_eq!(lengths, (1..=9).collect::<Vec<_>>());
+}
+
 fn any_offload() -> impl Strategy<Value = Offload> {
     prop_oneof![
         any::<bool>().prop_map(|partial| Offload {

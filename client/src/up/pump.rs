@@ -20,7 +20,7 @@ use rvpn_proto::gso::{
     Coalescer, Joins, Offer, VIRTIO_LEN, VirtioHeader, rebuild, shorten, size, trim,
 };
 use rvpn_proto::packet::{Parsed, Side, parse};
-use rvpn_proto::queue::{Meta, Next, Pace, Queue, Settings};
+use rvpn_proto::queue::{Meta, Next, Pace, Queue, Settings, Stride};
 use rvpn_proto::record::{HEADER_LEN, Offload, Reader, header};
 use rvpn_proto::validate::{Limits, inbound};
 use tokio::io::Interest;
@@ -82,6 +82,16 @@ impl Device {
                 Ok(result) => return Poll::Ready(result),
                 Err(_would_block) => {}
             }
+        }
+    }
+
+    /// What may have come since the device was last found empty, which the
+    /// runtime would tell only later.
+    fn read_now(&self, buffer: &mut [u8]) -> Result<Option<usize>, End> {
+        match self.fd.get_ref().read(buffer) {
+            Ok(n) => Ok(Some(n)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(End::Device(error)),
         }
     }
 }
@@ -150,6 +160,8 @@ pub(crate) struct Session<'a> {
     /// How much the socket is given at once, and was given so far.
     pace: Pace,
     given: u64,
+    /// And the device between two looks.
+    stride: Stride,
     timer: Pin<Box<Sleep>>,
     said: Option<Goodbye>,
 }
@@ -192,6 +204,7 @@ impl<'a> Session<'a> {
             flushing: false,
             pace: Pace::default(),
             given: 0,
+            stride: Stride::default(),
             timer: Box::pin(sleep_until(now)),
             said: None,
         }
@@ -273,7 +286,7 @@ impl<'a> Session<'a> {
             match next {
                 Some(Ok(Message::Binary(data))) => {
                     bytes += data.len();
-                    self.accept(&data, carrier)?;
+                    self.accept(cx, &data, carrier)?;
                 }
                 Some(Ok(Message::Text(text))) => match Control::parse(&text, Stage::Session) {
                     Ok(Control::Ticket(ticket)) => *self.ticket = Some(ticket.ticket),
@@ -300,8 +313,16 @@ impl<'a> Session<'a> {
         Ok(true)
     }
 
-    fn accept(&mut self, data: &Bytes, carrier: &mut Carrier) -> Result<(), End> {
+    fn accept(
+        &mut self,
+        cx: &mut Context<'_>,
+        data: &Bytes,
+        carrier: &mut Carrier,
+    ) -> Result<(), End> {
         for record in Reader::new(data) {
+            if self.stride.is_due() {
+                self.look(cx, carrier)?;
+            }
             let Ok(record) = record else {
                 return Err(End::Lost("the gateway sent a malformed record".to_owned()));
             };
@@ -325,6 +346,7 @@ impl<'a> Session<'a> {
                         head.copy_from_slice(first);
                         let device = &carrier.device;
                         write(device, head, rest, &parsed, offload, &mut carrier.inbound)?;
+                        self.stride.wrote();
                         break;
                     }
                 }
@@ -341,6 +363,7 @@ impl<'a> Session<'a> {
         let packet = &mut carrier.packet[..kept.parsed.len()];
         let count = &mut carrier.inbound;
         let device = &carrier.device;
+        self.stride.wrote();
         write(device, packet, &[], &kept.parsed, kept.offload, count)
     }
 
@@ -362,6 +385,25 @@ impl<'a> Session<'a> {
             Some(IpAddr::V6(v6)) => Some(v6) == self.v6,
             None => false,
         }
+    }
+
+    /// Sends on what has come from the device while it was written to.
+    fn look(&mut self, cx: &mut Context<'_>, carrier: &mut Carrier) -> Result<(), End> {
+        let now = Instant::now();
+        let (mut packets, mut bytes) = (0, 0);
+        while packets < DRAIN_PACKETS && bytes < DRAIN_BYTES {
+            let Some(n) = carrier.device.read_now(&mut carrier.read)? else {
+                break;
+            };
+            self.take(n, carrier, now);
+            packets += 1;
+            bytes += n;
+        }
+        self.stride.looked(packets > 0);
+        if packets > 0 {
+            self.send(cx, carrier, now)?;
+        }
+        Ok(())
     }
 
     /// Device to queue.

@@ -14,7 +14,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use rvpn_proto::queue::Pace;
+use rvpn_proto::queue::{Pace, Stride};
 use tokio::sync::oneshot;
 use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -25,6 +25,7 @@ use super::mailbox::Mailbox;
 use super::transport::{Broken, Incoming, Transport};
 use crate::cores::Load;
 use crate::meter::{Row, Totals};
+use crate::pump::Out;
 use crate::pump::budget::{Depth, Gauge};
 use crate::tun::{MAX_READ, Tun};
 
@@ -65,20 +66,13 @@ thread_local! {
 
 /// What a protocol makes of messages and packets.
 pub trait Carriage {
-    /// Takes the packets of a data message and writes them to the device, or
-    /// keeps them in `scratch` until [`Carriage::flush`].
-    fn outbound(
-        &mut self,
-        message: &Bytes,
-        tun: &Tun,
-        totals: &mut Totals,
-        scratch: &mut [u8],
-        now: Instant,
-    ) -> Result<(), End>;
+    /// Takes the packets of a data message from this byte on and writes them to
+    /// the device, or keeps them until [`Carriage::flush`]. Says where it
+    /// stopped: at the end, or where it is time to look at the device.
+    fn outbound(&mut self, message: &Bytes, from: usize, out: &mut Out<'_>) -> Result<usize, End>;
 
-    /// Writes what was kept. Called after every batch of messages, before
-    /// anything else uses `scratch`.
-    fn flush(&mut self, _tun: &Tun, _totals: &mut Totals, _scratch: &mut [u8]) {}
+    /// Writes what was kept. Called after every batch of messages.
+    fn flush(&mut self, _out: &mut Out<'_>) {}
 
     /// Takes what one read of the device gave, with its virtio header, into the queue.
     fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant);
@@ -190,8 +184,9 @@ pub struct Drive<T, C> {
     /// Since when, and at which count of bytes, the socket has not taken everything.
     stuck: Option<(Instant, u64)>,
     flushing: bool,
-    /// How much the socket is given at once.
+    /// How much the socket is given at once, and the device between two looks.
     pace: Pace,
+    stride: Stride,
     begun: Instant,
     control: Bucket,
     drops_seen: u64,
@@ -232,6 +227,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
             stuck: None,
             flushing: false,
             pace: Pace::default(),
+            stride: Stride::default(),
             begun: now,
             control: Bucket::full(now),
             drops_seen: 0,
@@ -315,9 +311,21 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
     ) -> Result<bool, End> {
         let more = self.take_in(cx, scratch, now);
         // Also when the session ends: what came before the end has come.
-        self.carriage
-            .flush(&self.tun, &mut self.totals, &mut scratch.packet);
+        let (carriage, mut out) = self.out(&mut scratch.packet, now);
+        carriage.flush(&mut out);
         more
+    }
+
+    /// The way to the device.
+    fn out<'a>(&'a mut self, scratch: &'a mut [u8], now: Instant) -> (&'a mut C, Out<'a>) {
+        let out = Out {
+            tun: &self.tun,
+            totals: &mut self.totals,
+            scratch,
+            stride: &mut self.stride,
+            now,
+        };
+        (&mut self.carriage, out)
     }
 
     fn take_in(
@@ -338,13 +346,17 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
                         self.control.take(now)?;
                     }
                     bytes += data.len();
-                    self.carriage.outbound(
-                        &data,
-                        &self.tun,
-                        &mut self.totals,
-                        &mut scratch.packet,
-                        now,
-                    )?;
+                    let mut from = 0;
+                    loop {
+                        let (carriage, mut out) = self.out(&mut scratch.packet, now);
+                        from = carriage.outbound(&data, from, &mut out)?;
+                        if self.stride.is_due() {
+                            self.look(cx, scratch)?;
+                        }
+                        if from >= data.len() {
+                            break;
+                        }
+                    }
                 }
                 Incoming::Text(text) => {
                     self.control.take(now)?;
@@ -366,6 +378,27 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
             }
         }
         Ok(true)
+    }
+
+    /// Sends on what has come from the device while it was written to.
+    fn look(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Result<(), End> {
+        let now = Instant::now();
+        let (mut packets, mut bytes) = (0, 0);
+        while packets < DRAIN_PACKETS && bytes < DRAIN_BYTES {
+            let read = self.tun.read_now(&mut scratch.device);
+            let Some(n) = read.map_err(|_| End::DeviceLost)? else {
+                break;
+            };
+            self.carriage
+                .inbound(&mut scratch.device[..n], &mut self.totals, now);
+            packets += 1;
+            bytes += n;
+        }
+        self.stride.looked(packets > 0);
+        if packets > 0 {
+            self.send(cx, scratch, now)?;
+        }
+        Ok(())
     }
 
     /// Device to queue.

@@ -11,8 +11,7 @@ use super::control::Desk;
 use super::drive::{Carriage, End};
 use crate::meter::Totals;
 use crate::pump::budget::Depth;
-use crate::pump::{Agreed, Identity, Pump};
-use crate::tun::Tun;
+use crate::pump::{Agreed, Identity, Out, Pump};
 
 /// What was agreed on with one client.
 #[derive(Clone, Copy, Debug)]
@@ -54,29 +53,25 @@ impl Packets {
 }
 
 impl Carriage for Packets {
-    fn outbound(
-        &mut self,
-        message: &Bytes,
-        tun: &Tun,
-        totals: &mut Totals,
-        scratch: &mut [u8],
-        now: Instant,
-    ) -> Result<(), End> {
-        for record in Reader::new(message) {
+    fn outbound(&mut self, message: &Bytes, from: usize, out: &mut Out<'_>) -> Result<usize, End> {
+        let mut reader = Reader::new(message.get(from..).unwrap_or_default());
+        while let Some(record) = reader.next() {
             let Ok(record) = record else {
                 return Err(End::Misbehaved {
                     code: 1008,
                     reason: "malformed record",
                 });
             };
-            self.pump
-                .outbound(record.packet, record.offload, tun, totals, scratch, now);
+            self.pump.outbound(record.packet, record.offload, out);
+            if out.stride.is_due() {
+                return Ok(from + reader.position());
+            }
         }
-        Ok(())
+        Ok(message.len())
     }
 
-    fn flush(&mut self, tun: &Tun, totals: &mut Totals, scratch: &mut [u8]) {
-        self.pump.flush(tun, totals, scratch);
+    fn flush(&mut self, out: &mut Out<'_>) {
+        self.pump.flush(out);
     }
 
     fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant) {

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use rvpn_gateway::meter::{DropReason, Totals};
+use rvpn_gateway::pump::Out;
 use rvpn_gateway::session::begin::{Greeting, Place, Protocol};
 use rvpn_gateway::session::drive::{Carriage, End, Patience};
-use rvpn_gateway::tun::{Tun, VIRTIO_LEN};
+use rvpn_gateway::tun::VIRTIO_LEN;
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -30,20 +31,15 @@ pub(crate) struct PlainCarriage {
 }
 
 impl Carriage for PlainCarriage {
-    fn outbound(
-        &mut self,
-        message: &Bytes,
-        tun: &Tun,
-        totals: &mut Totals,
-        _scratch: &mut [u8],
-        _now: Instant,
-    ) -> Result<(), End> {
+    fn outbound(&mut self, message: &Bytes, _from: usize, out: &mut Out<'_>) -> Result<usize, End> {
         let parts = [IoSlice::new(&[0; VIRTIO_LEN]), IoSlice::new(message)];
-        match tun.write(&parts) {
-            Ok(()) => totals.outbound.pass(1, message.len() as u64),
-            Err(_) => totals.outbound.drop(DropReason::Kernel, 1),
+        let side = &mut out.totals.outbound;
+        match out.tun.write(&parts) {
+            Ok(()) => side.pass(1, message.len() as u64),
+            Err(_) => side.drop(DropReason::Kernel, 1),
         }
-        Ok(())
+        out.stride.wrote();
+        Ok(message.len())
     }
 
     fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, _now: Instant) {
