@@ -32,7 +32,7 @@ use self::codel::Verdict;
 use self::store::{NONE, Store, Waiting, blocks};
 use self::turn::{Flow, List, Place};
 use crate::gso::size_of;
-use crate::record::{MAX_PACKET, Offload};
+use crate::record::{MAX_PACKET, MESSAGE_LIMIT, Offload};
 
 /// Buckets of a queue. Two flows share one now and then, for one key.
 pub const BUCKETS: usize = 256;
@@ -48,6 +48,8 @@ pub struct Settings {
     pub limit: usize,
     /// Bytes that a flow may send before it is the next one's turn.
     pub quantum: u32,
+    /// The same where the socket behind the queue is slow: see [`Queue::take_part`].
+    pub slow_quantum: u32,
     /// Microseconds that a packet may wait for good.
     pub target: u64,
     /// Microseconds that all may wait longer, as in a burst.
@@ -60,9 +62,11 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             limit: 2 * 1024 * 1024,
-            // Sixteen times that, and a thin flow that is not new any more waits 13 ms
-            // for ten others on a link of 100 Mbit/s.
-            quantum: 2 * 1024,
+            // What goes together is joined again at the other end, where every packet has its price.
+            quantum: 32 * 1024,
+            // A thin flow that is not new any more would wait 13 ms for ten others
+            // with the same on a link of 100 Mbit/s.
+            slow_quantum: 2 * 1024,
             target: 5_000,
             interval: 100_000,
             mtu: 1500,
@@ -169,6 +173,8 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct Queue {
     settings: Settings,
+    /// The one of the two that holds now.
+    quantum: u32,
     key: [u64; 2],
     store: Store,
     /// Empty while nothing has waited since the last [`Queue::relax`].
@@ -187,10 +193,12 @@ impl Queue {
         let settings = Settings {
             limit: settings.limit.max(MIN_LIMIT),
             quantum: settings.quantum.max(MIN_QUANTUM),
+            slow_quantum: settings.slow_quantum.max(MIN_QUANTUM),
             ..settings
         };
         Self {
             settings,
+            quantum: settings.quantum,
             key,
             store: Store::new(settings.limit),
             flows: Vec::new(),
@@ -229,7 +237,7 @@ impl Queue {
         flow.bytes += u32::from(self.store.waiting(slot).len);
         if flow.place == Place::Nowhere {
             flow.place = Place::Fresh;
-            flow.deficit = self.settings.quantum.into();
+            flow.deficit = self.quantum.into();
             self.fresh.push(&mut self.flows, bucket.into());
         }
         self.stats.accepted.add(meta.weight(packet.len()));
@@ -260,8 +268,13 @@ impl Queue {
 
     /// The same, but of a TCP super-packet that is longer than `most` bytes only
     /// as many segments as are not, at least one. The others stay, as the first
-    /// of their flow, and whatever is more urgent can go before them.
+    /// of their flow, and whatever is more urgent can go before them. Less than
+    /// a whole message is what a slow socket is given, and then turns are short.
     pub fn take_part(&mut self, out: &mut [u8], most: usize) -> Option<Next> {
+        self.quantum = match most < MESSAGE_LIMIT {
+            true => self.settings.slow_quantum,
+            false => self.settings.quantum,
+        };
         let (slot, index) = self.next?;
         let waiting = *self.store.waiting(slot);
         let Some(segments) = waiting.segments_within(most) else {
@@ -359,7 +372,7 @@ impl Queue {
             };
             let flow = &mut self.flows[usize::from(index)];
             if flow.deficit <= 0 {
-                flow.deficit += i64::from(self.settings.quantum);
+                flow.deficit += i64::from(self.quantum);
                 self.demote(place, index);
                 continue;
             }

@@ -1,7 +1,7 @@
 //! The egress queue: fair, short, bounded, and honest about what it dropped.
 
 use rvpn_proto::queue::{MIN_LIMIT, Meta, Next, Queue, Settings, Stats};
-use rvpn_proto::record::{MAX_PACKET, Offload, gso_type};
+use rvpn_proto::record::{MAX_PACKET, MESSAGE_LIMIT, Offload, gso_type};
 
 const MS: u64 = 1000;
 const BLOCK: usize = 1024;
@@ -349,9 +349,10 @@ fn a_tcp_super_packet_loses_a_segment_and_another_kind_is_dropped_whole() {
 fn a_super_packet_goes_in_parts_between_which_others_pass() {
     let len = 40 + 44 * 1400 + 700;
     let mut queue = queue(2 << 20);
+    let mut out = vec![0; len];
+    assert_eq!(queue.take_part(&mut out, 12_000), None, "nothing waits");
     queue.push(&packet(1, 0, len), tcp_super(1400), 0);
     queue.push(&packet(1, 1, 500), Meta::default(), 0);
-    let mut out = vec![0; len];
     let (mut first, mut parts, mut pings) = (0, 0, 0);
     while queue.next(0).is_some_and(|next| next.len == len) {
         assert_eq!(queue.take_part(&mut out[1..], 12_000), None, "no room");
@@ -455,6 +456,35 @@ fn a_thin_flow_does_not_wait_for_all_others() {
     assert!(waits.len() > 300);
     assert!(waits[waits.len() / 2] <= 12_000, "{waits:?}");
     assert!(waits[waits.len() - 1] <= 60_000, "{waits:?}");
+}
+
+/// Packets of a flow that follow each other can be joined at the other end.
+#[test]
+fn turns_are_long_where_the_socket_is_fast_and_short_where_it_is_slow() {
+    for (most, least, longest) in [(MESSAGE_LIMIT, 20, 24), (MESSAGE_LIMIT - 1, 1, 2)] {
+        let mut queue = queue(2 << 20);
+        let mut out = vec![0; MAX_PACKET];
+        for number in 0..250 {
+            for flow in 0..4 {
+                queue.push(&packet(flow, number, 1500), Meta::default(), 0);
+            }
+        }
+        let (mut runs, mut last) = (Vec::new(), None);
+        for _ in 0..800 {
+            queue.next(0).unwrap();
+            let len = queue.take_part(&mut out, most).unwrap().len;
+            let flow = flow_of(&out[..len]);
+            match runs.last_mut() {
+                Some(run) if last == Some(flow) => *run += 1,
+                _ => runs.push(1),
+            }
+            last = Some(flow);
+        }
+        // The first four were given their turns before anybody knew how fast it is.
+        let runs = &runs[4..runs.len() - 1];
+        let (shortest, of) = (runs.iter().min().unwrap(), runs.iter().max().unwrap());
+        assert!(*shortest >= least && *of <= longest, "{most}: {runs:?}");
+    }
 }
 
 #[test]
