@@ -218,3 +218,49 @@ impl Counter {
         taken
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::sync::atomic::Ordering::Relaxed;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use super::{Counter, Flows};
+
+    /// Over the loopback.
+    fn flows(count: usize) -> Flows {
+        let pair = |_| {
+            let [one, other] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").expect("a socket"));
+            one.connect(other.local_addr().expect("an address"))
+                .expect("connect");
+            (one, other)
+        };
+        let (from, to) = (0..count).map(pair).unzip();
+        Flows { from, to }
+    }
+
+    #[test]
+    fn what_all_flows_send_is_counted_and_nothing_of_an_earlier_trial() {
+        let (flows, counter) = (flows(2), Counter::default());
+        thread::scope(|scope| {
+            scope.spawn(|| flows.receive(&counter));
+            let early = counter.begin();
+            let limit = Duration::from_millis(200);
+            let sent = flows.send(counter.begin(), 36, 4000.0, limit);
+            // Late, of a trial that is over.
+            flows.send(early, 36, 4000.0, limit);
+            let begun = Instant::now();
+            while counter.seen.load(Relaxed) < sent.packets
+                && begun.elapsed() < Duration::from_secs(5)
+            {
+                thread::sleep(Duration::from_millis(1));
+            }
+            counter.stop.store(true, Relaxed);
+            assert_eq!(counter.seen.load(Relaxed), sent.packets);
+            // As many as are due in that time, but for what came due at its end.
+            assert!((50..=800).contains(&sent.packets), "{}", sent.packets);
+            assert!(counter.last() >= sent.end - sent.took);
+        });
+    }
+}
