@@ -20,6 +20,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
+use crate::ahead::Ahead;
 use crate::fail::{Failure, Kind};
 use crate::profile::{Address, Hidden, encode, program};
 use crate::text::shown;
@@ -31,7 +32,7 @@ const LIMIT: usize = rvpn_proto::record::MAX_RECEIVED;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A WebSocket over TLS.
-pub(crate) type Socket<S> = WebSocketStream<TlsStream<S>>;
+pub(crate) type Socket<S> = WebSocketStream<Ahead<TlsStream<S>>>;
 
 /// What is asked of a gateway.
 pub(crate) struct Ask<'a> {
@@ -138,7 +139,8 @@ where
         .max_write_buffer_size(1024 * 1024)
         .max_message_size(Some(limit))
         .max_frame_size(Some(limit));
-    match tokio_tungstenite::client_async_with_config(request, tls, Some(config)).await {
+    match tokio_tungstenite::client_async_with_config(request, Ahead::new(tls), Some(config)).await
+    {
         Ok((socket, _)) => Ok(socket),
         Err(Error::Http(answer)) => Err(refused(to, protocol, &answer)),
         Err(Error::Io(error)) => {

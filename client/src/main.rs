@@ -1,5 +1,6 @@
 //! `rvpn`: the client, and the operators' tool.
 
+mod ahead;
 mod cli;
 mod doctor;
 mod echo;

@@ -5,13 +5,15 @@
 //! between the four is in `rvpn_proto::dialect`; here is what they share.
 
 use std::io;
+use std::ops::Range;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use rvpn_proto::control::close::POOL_FULL;
 use rvpn_proto::dialect::{
     Body, DecodeError, Decoded, Dialect, Entropy, Incoming, Lease, POOL_FULL_REASON, Padding,
 };
+use rvpn_proto::queue::Buffer;
 use rvpn_proto::record::Offload;
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
@@ -145,17 +147,17 @@ impl Carriage for Plainly {
         self.pump.flush(out);
     }
 
-    fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant) {
-        self.pump.inbound(read, totals, now);
+    fn inbound(&mut self, read: &mut Buffer, len: usize, totals: &mut Totals, now: Instant) {
+        self.pump.inbound(read, len, totals, now);
     }
 
     fn message(
         &mut self,
-        buffer: &mut BytesMut,
+        buffer: &mut Buffer,
         _most: usize,
         totals: &mut Totals,
         now: Instant,
-    ) -> bool {
+    ) -> Option<Range<usize>> {
         while let Some(waiting) = self.pump.next_len(now) {
             let envelope =
                 self.dialect
@@ -164,17 +166,16 @@ impl Carriage for Plainly {
                 self.pump.discard(totals);
                 continue;
             };
-            let prefix = envelope.prefix().len();
-            if buffer.len() < prefix + waiting.whole {
-                buffer.resize(prefix + waiting.whole, 0);
-            }
-            let Some((len, _)) = self.pump.take(&mut buffer[prefix..], usize::MAX, totals) else {
+            let Some((len, _)) = self.pump.take_buffer(buffer, usize::MAX, totals) else {
                 continue;
             };
-            buffer[..prefix].copy_from_slice(envelope.prefix());
-            buffer.truncate(prefix + len);
-            buffer.resize(prefix + len + envelope.padding, 0);
-            return true;
+            let (begin, end) = (Buffer::ROOM - envelope.prefix().len(), Buffer::ROOM + len);
+            let bytes = buffer.bytes_mut();
+            bytes[begin..Buffer::ROOM].copy_from_slice(envelope.prefix());
+            // The longest padded packet leaves room for the longest padding.
+            let padded = bytes.len().min(end + envelope.padding);
+            bytes[end..padded].fill(0);
+            return Some(begin..padded);
         }
         self.noise(buffer, now)
     }
@@ -202,17 +203,16 @@ impl Carriage for Plainly {
 }
 
 impl Plainly {
-    fn noise(&mut self, buffer: &mut BytesMut, now: Instant) -> bool {
+    fn noise(&mut self, buffer: &mut Buffer, now: Instant) -> Option<Range<usize>> {
         if self.noise_at.is_none_or(|at| at > now) {
-            return false;
+            return None;
         }
         // Noise is rare and small; a buffer of its own does no harm.
         let mut noise = Vec::new();
         let pause = self.padding.noise(&mut self.entropy, &mut noise);
         self.noise_at = pause.map(|pause| now + pause);
-        buffer.clear();
-        buffer.extend_from_slice(&noise);
-        true
+        buffer.bytes_mut()[..noise.len()].copy_from_slice(&noise);
+        Some(0..noise.len())
     }
 }
 

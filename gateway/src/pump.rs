@@ -21,7 +21,7 @@ use std::io::IoSlice;
 use rvpn_proto::gso::{Coalescer, Joins, Offer, Segments, VirtioHeader, rebuild, size, size_of};
 use rvpn_proto::nat::HEAD;
 use rvpn_proto::packet::{Parsed, parse};
-use rvpn_proto::queue::{Meta, Next, Queue, Settings, Stats, Stride};
+use rvpn_proto::queue::{Buffer, Meta, Next, Queue, Settings, Stats, Stride};
 use rvpn_proto::record::Offload;
 use rvpn_proto::validate::{self, FragmentBudget, Limits, Sources};
 use rvpn_proto::{gso, nat};
@@ -205,9 +205,12 @@ impl Pump {
         }
     }
 
-    /// Device to queue: one read of the device, with its virtio header.
-    pub fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant) {
+    /// Device to queue: one read of the device, so many bytes with its virtio
+    /// header, which lies before the packet's place. The buffer may be another
+    /// one afterwards.
+    pub fn inbound(&mut self, buffer: &mut Buffer, len: usize, totals: &mut Totals, now: Instant) {
         let side = &mut totals.inbound;
+        let read = &mut buffer.from(VIRTIO_LEN)[..len];
         let Some(virtio) = VirtioHeader::read(read) else {
             return side.drop(DropReason::Malformed, 1);
         };
@@ -231,7 +234,7 @@ impl Pump {
         };
         let now = micros(self.begun, now);
         if self.limits.offload {
-            self.queue.push(packet, meta, now);
+            self.queue.push_buffer(buffer, parsed.len(), meta, now);
             return;
         }
         let finished = Meta {
@@ -268,22 +271,18 @@ impl Pump {
         totals: &mut Totals,
     ) -> Option<(usize, Offload)> {
         let next = self.queue.take_part(out, most)?;
-        let side = &mut totals.inbound;
-        let (len, offload) = if next.cut == 0 && next.rest == 0 {
-            (next.len, next.meta.offload)
-        } else {
-            match part(&mut out[..next.len], &next) {
-                Ok((parsed, offload)) => (parsed.len(), offload),
-                // Nothing that was queued is refused here.
-                Err(reason) => {
-                    side.drop(reason.into(), 1);
-                    return None;
-                }
-            }
-        };
-        let (packets, bytes) = size_of(len, next.meta.header_len.into(), offload);
-        side.pass(packets, bytes);
-        Some((len, offload))
+        finish(out, &next, totals)
+    }
+
+    /// The same at the packet's place in a buffer, which may be another one afterwards.
+    pub fn take_buffer(
+        &mut self,
+        out: &mut Buffer,
+        most: usize,
+        totals: &mut Totals,
+    ) -> Option<(usize, Offload)> {
+        let next = self.queue.take_buffer(out, most)?;
+        finish(out.packet(), &next, totals)
     }
 
     /// Drops the packet that [`Pump::next_len`] told of: this client's
@@ -355,6 +354,26 @@ impl Drop for Pump {
     fn drop(&mut self) {
         self.budget.change(self.charged, 0);
     }
+}
+
+/// Cuts a packet that was taken and counts it. Its length, and what is left to do for it.
+fn finish(out: &mut [u8], next: &Next, totals: &mut Totals) -> Option<(usize, Offload)> {
+    let side = &mut totals.inbound;
+    let (len, offload) = if next.cut == 0 && next.rest == 0 {
+        (next.len, next.meta.offload)
+    } else {
+        match part(&mut out[..next.len], next) {
+            Ok((parsed, offload)) => (parsed.len(), offload),
+            // Nothing that was queued is refused here.
+            Err(reason) => {
+                side.drop(reason.into(), 1);
+                return None;
+            }
+        }
+    };
+    let (packets, bytes) = size_of(len, next.meta.header_len.into(), offload);
+    side.pass(packets, bytes);
+    Some((len, offload))
 }
 
 /// Of a TCP super-packet what goes now.

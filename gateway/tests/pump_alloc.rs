@@ -13,9 +13,10 @@ use rvpn_gateway::meter::Totals;
 use rvpn_gateway::pump::{Agreed, Identity, Out, Pump};
 use rvpn_gateway::tun::{MAX_READ, Tun, VIRTIO_LEN};
 use rvpn_lab::packet;
-use rvpn_proto::gso::VirtioHeader;
-use rvpn_proto::queue::Stride;
-use rvpn_proto::record::{Offload, Reader, append};
+use rvpn_proto::gso::{VirtioHeader, rebuild};
+use rvpn_proto::packet::parse;
+use rvpn_proto::queue::{Buffer, Stride};
+use rvpn_proto::record::{MESSAGE_LIMIT, Offload, Reader, append, gso_type};
 use tokio::time::Instant;
 
 thread_local! {
@@ -88,13 +89,28 @@ fn read(packet: &[u8], offload: Offload) -> Vec<u8> {
     read
 }
 
+/// The same of a super-packet to the client, of so many segments.
+fn read_super(segments: usize) -> Vec<u8> {
+    let to = LEASE.0.to_string();
+    let payload = vec![7; segments * 1400];
+    let mut packet = packet::tcp(("1.1.1.1", 80), (&to, 2000), ".", 1, 1, &payload);
+    let offload = Offload {
+        partial: true,
+        gso_type: gso_type::TCP_V4,
+        gso_size: 1400,
+    };
+    let parsed = parse(&packet).expect("a packet");
+    let virtio = rebuild(&mut packet, &parsed, offload).expect("a super-packet");
+    [&virtio.to_bytes()[..], &packet].concat()
+}
+
 #[test]
 fn packets_to_the_client_take_no_memory_once_the_queue_has_seen_its_depth() {
     for offload in [true, false] {
         let mut pump = pump(offload);
         let mut totals = Totals::default();
-        let mut message = vec![0; MAX_READ];
-        let packets: Vec<Vec<u8>> = (0..64_u16)
+        let mut message = Buffer::new();
+        let mut packets: Vec<Vec<u8>> = (0..64_u16)
             .map(|n| {
                 let len = [8, 500, 1400][usize::from(n % 3)];
                 let (to, from) = (LEASE.0.to_string(), "1.1.1.1");
@@ -102,27 +118,31 @@ fn packets_to_the_client_take_no_memory_once_the_queue_has_seen_its_depth() {
             })
             .map(|packet| read(&packet, Offload::NONE))
             .collect();
-        let mut copy = vec![0; MAX_READ];
-        let mut round = |pump: &mut Pump, totals: &mut Totals| {
+        // Those change hands instead of being copied, but not the shorter ones.
+        packets.extend([46, 20, 46].map(read_super));
+        let all = 64 + 46 + 20 + 46;
+        let mut copy = Buffer::new();
+        let mut round = |pump: &mut Pump, totals: &mut Totals, most| {
             let now = Instant::now();
             for packet in &packets {
-                copy[..packet.len()].copy_from_slice(packet);
-                pump.inbound(&mut copy[..packet.len()], totals, now);
+                copy.from(VIRTIO_LEN)[..packet.len()].copy_from_slice(packet);
+                pump.inbound(&mut copy, packet.len(), totals, now);
             }
             while let Some(waiting) = pump.next_len(now) {
-                assert!(waiting.whole <= message.len());
-                pump.take(&mut message, 16 * 1024, totals);
+                assert!(waiting.whole <= message.packet().len());
+                pump.take_buffer(&mut message, most, totals);
             }
             pump.settle(totals);
         };
-        round(&mut pump, &mut totals);
-        assert_eq!(totals.inbound.packets, 64, "they pass");
+        round(&mut pump, &mut totals, MESSAGE_LIMIT);
+        assert_eq!(totals.inbound.packets, all, "they pass");
         let taken = taken_by(|| {
-            for _ in 0..100 {
-                round(&mut pump, &mut totals);
+            for n in 0..100 {
+                let most = [MESSAGE_LIMIT, 16 * 1024][n % 2];
+                round(&mut pump, &mut totals, most);
             }
         });
-        assert_eq!(totals.inbound.packets, 101 * 64);
+        assert_eq!(totals.inbound.packets, 101 * all);
         assert_eq!(taken, 0, "offload: {offload}");
     }
 }

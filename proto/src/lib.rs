@@ -7,6 +7,7 @@
 pub mod checksum;
 pub mod control;
 pub mod dialect;
+pub mod frame;
 pub mod gso;
 pub mod name;
 pub mod nat;

@@ -15,11 +15,13 @@
 //! A ring would have to be served in order of arrival, which is what this
 //! queue is there to avoid, and whole buffers of 64 KiB would hold 32 packets
 //! of any size within the limit. Chains hold what the packets need, never
-//! fragment, and cost a copy in and one out, of which the way to the message
-//! needs one anyway. Nothing is allocated once the queue has seen its depth.
+//! fragment, and cost a copy in and one out. That is little for a small packet;
+//! long ones come and go in buffers of their own, see [`Buffer`], without a
+//! copy. Nothing is allocated once the queue has seen its depth.
 //!
 //! Time is passed in, in microseconds of any clock that does not go back.
 
+mod buffer;
 mod codel;
 mod flow;
 mod pace;
@@ -27,19 +29,20 @@ mod store;
 mod stride;
 mod turn;
 
+pub use self::buffer::Buffer;
 pub use self::pace::Pace;
 pub use self::stride::Stride;
 
 use self::codel::Verdict;
-use self::store::{NONE, Store, Waiting, blocks};
+use self::store::{LONG, LONG_BLOCKS, NONE, Store, Waiting, blocks};
 use self::turn::{Flow, List, Place};
 use crate::gso::size_of;
-use crate::record::{MAX_PACKET, Offload};
+use crate::record::{MAX_PACKET, MESSAGE_LIMIT, Offload};
 
 /// Buckets of a queue. Two flows share one now and then, for one key.
 pub const BUCKETS: usize = 256;
 /// The least limit: one packet on its way out, one on its way in.
-pub const MIN_LIMIT: usize = 128 * 1024;
+pub const MIN_LIMIT: usize = 2 * LONG_BLOCKS as usize * store::BLOCK;
 /// Less would only turn the wheel more often for each packet.
 const MIN_QUANTUM: u32 = 1500;
 
@@ -50,6 +53,8 @@ pub struct Settings {
     pub limit: usize,
     /// Bytes that a flow may send before it is the next one's turn.
     pub quantum: u32,
+    /// The same where the socket behind the queue is slow: see [`Queue::take_part`].
+    pub slow_quantum: u32,
     /// Microseconds that a packet may wait for good.
     pub target: u64,
     /// Microseconds that all may wait longer, as in a burst.
@@ -62,9 +67,11 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             limit: 2 * 1024 * 1024,
-            // Sixteen times that, and a thin flow that is not new any more waits 13 ms
-            // for ten others on a link of 100 Mbit/s.
-            quantum: 2 * 1024,
+            // What goes together is joined again at the other end, where every packet has its price.
+            quantum: 32 * 1024,
+            // A thin flow that is not new any more would wait 13 ms for ten others
+            // with the same on a link of 100 Mbit/s.
+            slow_quantum: 2 * 1024,
             target: 5_000,
             interval: 100_000,
             mtu: 1500,
@@ -171,6 +178,8 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct Queue {
     settings: Settings,
+    /// The one of the two that holds now.
+    quantum: u32,
     key: [u64; 2],
     store: Store,
     /// Empty while nothing has waited since the last [`Queue::relax`].
@@ -189,10 +198,12 @@ impl Queue {
         let settings = Settings {
             limit: settings.limit.max(MIN_LIMIT),
             quantum: settings.quantum.max(MIN_QUANTUM),
+            slow_quantum: settings.slow_quantum.max(MIN_QUANTUM),
             ..settings
         };
         Self {
             settings,
+            quantum: settings.quantum,
             key,
             store: Store::new(settings.limit),
             flows: Vec::new(),
@@ -205,21 +216,54 @@ impl Queue {
 
     /// Takes a packet in, if it is one; others may go for it.
     pub fn push(&mut self, packet: &[u8], meta: Meta, now: u64) -> bool {
-        if !(1..=MAX_PACKET).contains(&packet.len()) {
-            self.stats.refused.add(meta.weight(packet.len()));
+        if !self.make_room(packet.len(), meta) {
             return false;
         }
-        if self.flows.is_empty() {
+        let bucket = flow::bucket(self.key, packet);
+        let slot = if packet.len() < LONG {
+            self.store.put(packet, meta, now)
+        } else {
+            let mut buffer = self.store.spare();
+            buffer.packet()[..packet.len()].copy_from_slice(packet);
+            self.store.put_long(buffer, packet.len() as u16, meta, now)
+        };
+        self.append(bucket, slot, meta);
+        true
+    }
+
+    /// The same with the packet at its place in a buffer, which may be another
+    /// one afterwards.
+    pub fn push_buffer(&mut self, buffer: &mut Buffer, len: usize, meta: Meta, now: u64) -> bool {
+        if len < LONG {
+            return self.push(&buffer.packet()[..len], meta, now);
+        }
+        if !self.make_room(len, meta) {
+            return false;
+        }
+        let bucket = flow::bucket(self.key, &buffer.packet()[..len]);
+        let buffer = std::mem::replace(buffer, self.store.spare());
+        let slot = self.store.put_long(buffer, len as u16, meta, now);
+        self.append(bucket, slot, meta);
+        true
+    }
+
+    /// Whether it is a packet for which there is room, or can be.
+    fn make_room(&mut self, len: usize, meta: Meta) -> bool {
+        let mut fits = (1..=MAX_PACKET).contains(&len);
+        while fits && self.store.available() < blocks(len) {
+            fits = self.drop_from_longest();
+        }
+        if !fits {
+            self.stats.refused.add(meta.weight(len));
+        } else if self.flows.is_empty() {
             self.flows.resize_with(BUCKETS, Flow::default);
         }
-        while self.store.available() < blocks(packet.len()) {
-            if !self.drop_from_longest() {
-                self.stats.refused.add(meta.weight(packet.len()));
-                return false;
-            }
-        }
-        let bucket = flow::bucket(self.key, packet);
-        let slot = self.store.put(packet, meta, now);
+        fits
+    }
+
+    /// Puts a packet at the end of its flow.
+    fn append(&mut self, bucket: u8, slot: u32, meta: Meta) {
+        let len = usize::from(self.store.waiting(slot).len);
         let flow = &mut self.flows[usize::from(bucket)];
         if flow.head == NONE {
             flow.head = slot;
@@ -227,16 +271,15 @@ impl Queue {
             self.store.waiting_mut(flow.tail).behind = slot;
         }
         flow.tail = slot;
-        flow.blocks += blocks(packet.len());
-        flow.bytes += u32::from(self.store.waiting(slot).len);
+        flow.blocks += blocks(len);
+        flow.bytes += len as u32;
         if flow.place == Place::Nowhere {
             flow.place = Place::Fresh;
-            flow.deficit = self.settings.quantum.into();
+            flow.deficit = self.quantum.into();
             self.fresh.push(&mut self.flows, bucket.into());
         }
-        self.stats.accepted.add(meta.weight(packet.len()));
-        self.stats.queued.add(meta.weight(packet.len()));
-        true
+        self.stats.accepted.add(meta.weight(len));
+        self.stats.queued.add(meta.weight(len));
     }
 
     /// Chooses the packet that goes next. It stays the next one until it is taken.
@@ -264,6 +307,7 @@ impl Queue {
     /// as many segments as are not, at least one. The others stay, as the first
     /// of their flow, and whatever is more urgent can go before them.
     pub fn take_part(&mut self, out: &mut [u8], most: usize) -> Option<Next> {
+        self.pace(most);
         let (slot, index) = self.next?;
         let waiting = *self.store.waiting(slot);
         let Some(segments) = waiting.segments_within(most) else {
@@ -287,6 +331,27 @@ impl Queue {
         delivered.bytes += gone as u64;
         delivered.segments += u64::from(segments);
         Some(next)
+    }
+
+    /// The same into a buffer, at the packet's place there. The buffer is
+    /// exchanged for that of a long packet, if it is to go whole.
+    pub fn take_buffer(&mut self, out: &mut Buffer, most: usize) -> Option<Next> {
+        let (slot, _) = self.next?;
+        let waiting = *self.store.waiting(slot);
+        if waiting.segments_within(most).is_some() || !self.store.exchange(slot, out) {
+            return self.take_part(out.packet(), most);
+        }
+        self.pace(most);
+        self.let_go(slot, &waiting);
+        Some(Next::of(&waiting))
+    }
+
+    /// Less than a whole message is what a slow socket is given, and then turns are short.
+    fn pace(&mut self, most: usize) {
+        self.quantum = match most < MESSAGE_LIMIT {
+            true => self.settings.slow_quantum,
+            false => self.settings.quantum,
+        };
     }
 
     /// Lets the packet that [`Queue::next`] chose go unread, for those that have
@@ -361,7 +426,7 @@ impl Queue {
             };
             let flow = &mut self.flows[usize::from(index)];
             if flow.deficit <= 0 {
-                flow.deficit += i64::from(self.settings.quantum);
+                flow.deficit += i64::from(self.quantum);
                 self.demote(place, index);
                 continue;
             }

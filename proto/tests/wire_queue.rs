@@ -1,10 +1,12 @@
 //! The egress queue: fair, short, bounded, and honest about what it dropped.
 
-use rvpn_proto::queue::{MIN_LIMIT, Meta, Next, Queue, Settings, Stats};
-use rvpn_proto::record::{MAX_PACKET, Offload, gso_type};
+use rvpn_proto::queue::{Buffer, MIN_LIMIT, Meta, Next, Queue, Settings, Stats};
+use rvpn_proto::record::{MAX_PACKET, MESSAGE_LIMIT, Offload, gso_type};
 
 const MS: u64 = 1000;
 const BLOCK: usize = 1024;
+/// What a packet costs that has a buffer of its own.
+const LONG: usize = 66 * BLOCK;
 
 fn queue(limit: usize) -> Queue {
     let settings = Settings {
@@ -221,14 +223,14 @@ fn the_limit_holds_exactly_and_the_head_of_the_longest_flow_goes() {
         assert_eq!(queue.stats().overflow.bytes, BLOCK as u64);
         queue.push(&packet(3, 0, MAX_PACKET), Meta::default(), 0);
         assert_eq!(queue.held(), limit);
-        assert_eq!(queue.stats().overflow.packets, 1 + 64);
+        assert_eq!(queue.stats().overflow.packets, 1 + 66);
 
         let mut numbers = [const { Vec::new() }; 4];
         while let Some((_, bytes)) = pop(&mut queue, 0) {
             numbers[usize::from(flow_of(&bytes))].push(number_of(&bytes));
         }
         assert_eq!(numbers[1], [0, 1, 2, 3, 4]);
-        let kept: Vec<u32> = (65..blocks as u32 - 4).collect();
+        let kept: Vec<u32> = (67..blocks as u32 - 4).collect();
         assert!(numbers[2] == kept, "the oldest of the longest flow went");
         assert_eq!(numbers[3], [0]);
         assert!(balanced(queue.stats()));
@@ -246,11 +248,11 @@ fn a_lower_limit_holds_at_once_and_a_higher_one_later() {
     let chosen = queue.next(0).unwrap();
     queue.set_limit(MIN_LIMIT);
     assert_eq!(queue.held(), MIN_LIMIT);
-    assert_eq!(queue.stats().overflow.packets, 1000 - 128);
+    assert_eq!(queue.stats().overflow.packets, 1000 - 132);
     // What was chosen is on its way already; of the others the oldest went.
     let (taken, first) = pop(&mut queue, 0).unwrap();
     assert_eq!((taken, number_of(&first)), (chosen, 0));
-    assert_eq!(number_of(&pop(&mut queue, 0).unwrap().1), 1000 - 127);
+    assert_eq!(number_of(&pop(&mut queue, 0).unwrap().1), 1000 - 131);
     // Never less than packets need to pass at all.
     queue.set_limit(0);
     assert!(queue.push(&packet(2, 0, 60_000), Meta::default(), 0));
@@ -349,9 +351,10 @@ fn a_tcp_super_packet_loses_a_segment_and_another_kind_is_dropped_whole() {
 fn a_super_packet_goes_in_parts_between_which_others_pass() {
     let len = 40 + 44 * 1400 + 700;
     let mut queue = queue(2 << 20);
+    let mut out = vec![0; len];
+    assert_eq!(queue.take_part(&mut out, 12_000), None, "nothing waits");
     queue.push(&packet(1, 0, len), tcp_super(1400), 0);
     queue.push(&packet(1, 1, 500), Meta::default(), 0);
-    let mut out = vec![0; len];
     let (mut first, mut parts, mut pings) = (0, 0, 0);
     while queue.next(0).is_some_and(|next| next.len == len) {
         assert_eq!(queue.take_part(&mut out[1..], 12_000), None, "no room");
@@ -457,6 +460,35 @@ fn a_thin_flow_does_not_wait_for_all_others() {
     assert!(waits[waits.len() - 1] <= 60_000, "{waits:?}");
 }
 
+/// Packets of a flow that follow each other can be joined at the other end.
+#[test]
+fn turns_are_long_where_the_socket_is_fast_and_short_where_it_is_slow() {
+    for (most, least, longest) in [(MESSAGE_LIMIT, 20, 24), (MESSAGE_LIMIT - 1, 1, 2)] {
+        let mut queue = queue(2 << 20);
+        let mut out = vec![0; MAX_PACKET];
+        for number in 0..250 {
+            for flow in 0..4 {
+                queue.push(&packet(flow, number, 1500), Meta::default(), 0);
+            }
+        }
+        let (mut runs, mut last) = (Vec::new(), None);
+        for _ in 0..800 {
+            queue.next(0).unwrap();
+            let len = queue.take_part(&mut out, most).unwrap().len;
+            let flow = flow_of(&out[..len]);
+            match runs.last_mut() {
+                Some(run) if last == Some(flow) => *run += 1,
+                _ => runs.push(1),
+            }
+            last = Some(flow);
+        }
+        // The first four were given their turns before anybody knew how fast it is.
+        let runs = &runs[4..runs.len() - 1];
+        let (shortest, of) = (runs.iter().min().unwrap(), runs.iter().max().unwrap());
+        assert!(*shortest >= least && *of <= longest, "{most}: {runs:?}");
+    }
+}
+
 #[test]
 fn the_last_segment_is_never_cut_off() {
     // The clock jumps by hours, so that everything is overdue by far.
@@ -491,8 +523,15 @@ fn memory_is_that_of_the_greatest_depth_and_is_given_back() {
     for number in 0..20 {
         queue.push(&packet(1, number, 60_000), Meta::default(), 0);
     }
+    let long = queue.memory();
+    // Twenty buffers, and the blocks that name them.
+    assert_eq!(long, 20 * (LONG - BLOCK) + 64 * BLOCK);
+    while pop(&mut queue, 0).is_some() {}
+    for number in 0..20 * 60 {
+        queue.push(&packet(1, number, 1000), Meta::default(), 0);
+    }
     let depth = queue.memory();
-    assert!((20 * 60_000..=20 * 60_000 + 128 * BLOCK).contains(&depth));
+    assert_eq!(depth, long + 18 * 64 * BLOCK);
     for number in 0..100_000 {
         let len = 32 + (number as usize * 7919) % 60_000;
         queue.push(&packet(number as u16 % 40, number, len), Meta::default(), 0);
@@ -511,6 +550,53 @@ fn memory_is_that_of_the_greatest_depth_and_is_given_back() {
 }
 
 #[test]
+fn long_packets_change_hands_and_others_are_copied() {
+    let mut queue = queue(2 << 20);
+    let (mut device, mut message) = (Buffer::new(), Buffer::new());
+    let mut places = [device.bytes().as_ptr(), message.bytes().as_ptr()];
+    for (number, len) in [60_000, 32 * BLOCK, 32 * BLOCK - 1, 100]
+        .into_iter()
+        .enumerate()
+    {
+        let bytes = packet(1, number as u32, len);
+        for most in [MESSAGE_LIMIT, 12_000] {
+            device.packet()[..len].copy_from_slice(&bytes);
+            let before = device.bytes().as_ptr();
+            assert!(queue.push_buffer(&mut device, len, tcp_super(1400), 0));
+            let long = len >= 32 * BLOCK;
+            assert_eq!(device.bytes().as_ptr() != before, long);
+            assert_eq!(queue.held() == LONG, long);
+            let mut segments = 0;
+            while let Some(next) = queue.next(0) {
+                let part = queue.take_buffer(&mut message, most).unwrap();
+                assert_eq!(part.len, next.len);
+                assert!(part.remaining() <= most);
+                assert!(message.packet()[..len] == bytes, "whole, for whoever cuts");
+                let last = long && part.rest == 0;
+                assert_eq!(message.bytes().as_ptr() == before, last);
+                segments += (part.remaining() - 40).div_ceil(1400);
+            }
+            assert_eq!(segments, (len - 40).div_ceil(1400));
+        }
+    }
+    // Three have gone round: the two from outside, and the queue's spare one.
+    for place in [&device, &message] {
+        places = places.map(|p| {
+            if p == place.bytes().as_ptr() {
+                std::ptr::null()
+            } else {
+                p
+            }
+        });
+    }
+    assert_eq!(places.iter().filter(|p| !p.is_null()).count(), 1);
+    assert_eq!(queue.memory(), LONG - BLOCK + 64 * BLOCK);
+    assert!(!queue.push_buffer(&mut device, 0, Meta::default(), 0));
+    assert!(!queue.push_buffer(&mut device, MAX_PACKET + 1, Meta::default(), 0));
+    assert_eq!(queue.stats().refused.packets, 2);
+}
+
+#[test]
 fn nothing_is_lost_in_a_million_random_operations() {
     let mut state = 3_u64;
     let mut random = move |limit: u64| {
@@ -522,6 +608,7 @@ fn nothing_is_lost_in_a_million_random_operations() {
     let sample = packet(0, 0, MAX_PACKET);
     let mut bytes = sample.clone();
     let mut out = vec![0; MAX_PACKET];
+    let mut buffer = Buffer::new();
     // Phases of filling and of draining, so that both ends are reached.
     let mut bias = 5;
     for step in 0..1_000_000_u32 {
@@ -542,11 +629,25 @@ fn nothing_is_lost_in_a_million_random_operations() {
                 0 => Meta::default(),
                 _ => tcp_super(1 + random(1400) as u16),
             };
-            assert!(queue.push(&bytes[..len], meta, now));
+            let taken = match random(2) {
+                0 => queue.push(&bytes[..len], meta, now),
+                _ => {
+                    buffer.packet()[..len].copy_from_slice(&bytes[..len]);
+                    queue.push_buffer(&mut buffer, len, meta, now)
+                }
+            };
+            assert!(taken);
             put += len as u64;
         } else if let Some(next) = queue.next(now) {
-            let next = match random(4) {
+            let next = match random(5) {
                 0 => continue,
+                2 => {
+                    let most = random(100_000) as usize;
+                    let part = queue.take_buffer(&mut buffer, most).unwrap();
+                    assert!(buffer.packet()[32..next.len] == sample[32..next.len]);
+                    got += part.remaining() as u64 - u64::from(part.rest > 0) * 40;
+                    continue;
+                }
                 1 => {
                     let most = random(20_000) as usize;
                     let part = queue.take_part(&mut out, most).unwrap();

@@ -10,8 +10,10 @@ use nix::sys::socket::{
 };
 
 use crate::ns::Ns;
+use crate::raw::bind_packets;
+use crate::read_back::ip_json;
 
-/// A tap on all of a namespace's interfaces but loopback, both directions.
+/// A tap on all of a namespace's interfaces but loopback, or on one of them, both directions.
 pub struct Capture {
     pub name: String,
     fd: OwnedFd,
@@ -40,6 +42,18 @@ impl Capture {
             fd,
             seen: Vec::new(),
         }
+    }
+
+    /// From now on, at this interface alone. What a TUN device carries has no
+    /// link header.
+    pub fn at(ns: &Ns, interface: &str) -> Capture {
+        let mut capture = Capture::on(ns);
+        let index = ip_json(ns, &format!("link show {interface}"))[0]["ifindex"].as_u64();
+        let index = index.and_then(|n| n.try_into().ok()).expect("an index");
+        bind_packets(capture.fd.as_fd(), index).expect("bind");
+        // What came from elsewhere until now.
+        capture.clear();
+        capture
     }
 
     /// Everything seen so far.

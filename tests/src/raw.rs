@@ -51,6 +51,18 @@ pub fn offload_checksums(fd: BorrowedFd<'_>, device: &str, on: bool) -> io::Resu
     done
 }
 
+/// Leaves a packet socket those of one interface.
+pub fn bind_packets(fd: BorrowedFd<'_>, interface: i32) -> io::Result<()> {
+    // SAFETY: sockaddr_ll is plain data for which all zero is a valid value.
+    let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    at.sll_family = libc::AF_PACKET as u16;
+    at.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    at.sll_ifindex = interface;
+    let len = size_of::<libc::sockaddr_ll>();
+    // SAFETY: the address is live and of the length passed.
+    check(unsafe { libc::syscall(libc::SYS_bind, fd.as_raw_fd(), &raw const at, len) }).map(drop)
+}
+
 /// Any system call with plain numbers, to see whether it is let through.
 pub fn syscall(number: i64, args: [u64; 5]) -> io::Result<i64> {
     // SAFETY: callers pass null or invalid pointers only, which the kernel refuses.

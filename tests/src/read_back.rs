@@ -99,3 +99,31 @@ pub fn devices(ns: &Ns) -> Vec<String> {
     names.sort_by_key(|n| n[2..].parse::<u32>().unwrap_or(0));
     names
 }
+
+/// Packets that a kernel refused for a bad checksum or header, in both families.
+pub fn bad_sums(ns: &Ns) -> u64 {
+    let read = |name: &str| {
+        let path = format!("/proc/thread-self/net/{name}");
+        ns.run(|| std::fs::read_to_string(&path))
+            .unwrap_or_else(|e| panic!("{path}: {e}"))
+    };
+    let is_bad = |name: &str| name.ends_with("InCsumErrors") || name.ends_with("InHdrErrors");
+    let number = |word: &str| word.parse::<u64>().expect("a number");
+    // A line of names above one of values.
+    let (four, six) = (read("snmp"), read("snmp6"));
+    let (names, values) = (four.lines().step_by(2), four.lines().skip(1).step_by(2));
+    let four = names
+        .zip(values)
+        .flat_map(|(names, values)| names.split_whitespace().zip(values.split_whitespace()));
+    let six = six.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        words.next().zip(words.next())
+    });
+    let bad: Vec<u64> = four
+        .chain(six)
+        .filter(|(name, _)| is_bad(name))
+        .map(|(_, value)| number(value))
+        .collect();
+    assert!(bad.len() >= 6, "fewer counters than there are: {bad:?}");
+    bad.iter().sum()
+}

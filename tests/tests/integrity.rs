@@ -4,13 +4,15 @@ use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use rvpn_lab::bulk::{Way, start};
 use rvpn_lab::capture::{Capture, drain_udp};
+use rvpn_lab::machine::Machine;
 use rvpn_lab::raw::offload_checksums;
-use rvpn_lab::read_back::ip_json;
+use rvpn_lab::read_back::{bad_sums, ip_json};
 use rvpn_lab::scene::{PORT, Scene, drops, number};
-use rvpn_lab::topology::{UP4, UP6};
+use rvpn_lab::topology::{UP4, UP6, at};
 use rvpn_lab::tunnel_client::{Event, Session, Speech, on};
-use rvpn_lab::{PATIENCE, packet, sums};
+use rvpn_lab::{Gateway, Helper, Lab, Ns, PATIENCE, packet, sums};
 use rvpn_proto::packet::grammar::Rng;
 use rvpn_proto::record::Offload;
 use tokio::time::timeout;
@@ -136,8 +138,8 @@ fn int_12_what_a_burst_loses_is_counted_and_the_rest_in_order() {
 }
 
 /// Nobody after these machines computes a sum for them.
-fn whole_sums_on_the_wire(scene: &Scene) {
-    for ns in [&scene.lab.gw, &scene.lab.up] {
+fn whole_sums_on_the_wire(lab: &Lab) {
+    for ns in [&lab.gw, &lab.up] {
         let socket = ns.udp("0.0.0.0:0");
         offload_checksums(socket.as_fd(), "wan0", false).expect("checksums by software");
     }
@@ -147,7 +149,7 @@ fn whole_sums_on_the_wire(scene: &Scene) {
 fn int_13_no_bad_checksum_upstream_or_at_the_client() {
     const VOLLEYS: u32 = 200;
     let scene = Scene::default();
-    whole_sums_on_the_wire(&scene);
+    whole_sums_on_the_wire(&scene.lab);
     let servers = scene.servers();
     let listener = scene.lab.up.tcp(&format!("{UP4}:80"));
     let mut wire = Capture::on(&scene.lab.up);
@@ -214,6 +216,128 @@ fn int_13_no_bad_checksum_upstream_or_at_the_client() {
     drop(listener);
     println!("{upstream} upstream and {clients} at clients, all right");
     assert!(upstream > 10_000 && clients > 5_000, "{upstream} {clients}");
+}
+
+/// Through the real client, each packet seen on its way into the client's kernel
+/// or out of it, and at the far side.
+#[test]
+fn int_13_files_and_datagrams_are_whole_and_their_sums_right_with_both_mtus() {
+    const BYTES: u64 = 6 << 20;
+    let lab = Lab::new();
+    let helper = Helper::serving(&lab, "");
+    let gateway = Gateway::start(&lab, &helper, "");
+    whole_sums_on_the_wire(&lab);
+    let phone = Machine::joined(&lab, &gateway, "phone", 10);
+    let mut wire = Capture::on(&lab.up);
+    for mtu in [1500, 1280] {
+        for offload in [true, false] {
+            println!("MTU {mtu}, offload {offload}");
+            let number = mtu.to_string();
+            let words = ["--no-dns", "--interface", "tun9", "--mtu", &number];
+            let more = if offload { &[][..] } else { &["--no-offload"] };
+            let up = phone.up(&[&words, more].concat());
+            let mut device = Capture::at(&phone.ns, "tun9");
+            for (address, headers) in [(UP4, 28), (UP6, 48)] {
+                for way in [Way::Upload, Way::Download] {
+                    wire.clear();
+                    start(&phone.ns, &lab.up, address, 9000, way, BYTES).whole(BYTES);
+                    let (far, near) = (all_right(&mut wire, 14), all_right(&mut device, 0));
+                    assert!(far.longest <= mtu, "{far:?}");
+                    assert!(
+                        far.bytes >= BYTES && near.bytes >= BYTES,
+                        "{far:?} {near:?}"
+                    );
+                }
+                volleys(&phone.ns, &lab.up, address, mtu - headers);
+                let (far, near) = (all_right(&mut wire, 14), all_right(&mut device, 0));
+                assert!(far.datagrams >= 2 * DATAGRAMS, "{far:?}");
+                assert!(near.datagrams > 0 && far.longest == mtu, "{far:?} {near:?}");
+            }
+            up.down();
+        }
+    }
+    for ns in [&phone.ns, &lab.up, &lab.gw] {
+        assert_eq!(bad_sums(ns), 0, "{}", ns.name);
+    }
+}
+
+/// What a tap has seen.
+#[derive(Debug, Default)]
+struct Seen {
+    bytes: u64,
+    datagrams: u32,
+    longest: usize,
+}
+
+/// Every checksum of what was seen is right, or partial where it is the kernel's
+/// own business. Forgets it then.
+fn all_right(tap: &mut Capture, link: usize) -> Seen {
+    let mut seen = Seen::default();
+    for frame in tap.frames() {
+        if link > 0 && !matches!(frame[12..14], [8, 0] | [0x86, 0xdd]) {
+            continue;
+        }
+        let packet = &frame[link..];
+        let own = link == 0 && sums::is_partial(packet);
+        let wrong = sums::wrong(packet).filter(|_| !own);
+        assert_eq!(wrong, None, "{:02x?}", &packet[..packet.len().min(128)]);
+        let protocol = if packet[0] >> 4 == 4 {
+            packet[9]
+        } else {
+            packet[6]
+        };
+        seen.datagrams += u32::from(protocol == 17);
+        seen.bytes += packet.len() as u64;
+        seen.longest = seen.longest.max(packet.len());
+    }
+    tap.clear();
+    seen
+}
+
+/// In [`volleys`], each way.
+const DATAGRAMS: u32 = 512;
+
+/// Datagrams of one size and of many, there and back, in order and unchanged.
+fn volleys(near: &Ns, far: &Ns, address: &str, largest: usize) {
+    let server = far.udp(&at(address, PORT));
+    let any = if address == UP4 {
+        "0.0.0.0:0"
+    } else {
+        "[::]:0"
+    };
+    let client = near.udp(any);
+    client.connect(at(address, PORT)).expect("connect");
+    let mut rng = Rng::new(7);
+    let mut buf = [0; 2048];
+    for volley in 0..DATAGRAMS / VOLLEY {
+        let bodies: Vec<_> = (0..VOLLEY)
+            .map(|n| {
+                let same = volley % 2 == 0;
+                let size = if same { largest } else { rng.below(largest) };
+                let mut body = vec![0; size.max(4)];
+                rng.fill(&mut body);
+                body[..4].copy_from_slice(&(volley * VOLLEY + n).to_be_bytes());
+                body
+            })
+            .collect();
+        let mut whence = None;
+        for body in &bodies {
+            client.send(body).expect("send");
+        }
+        for body in &bodies {
+            let (len, from) = server.recv_from(&mut buf).expect("a datagram");
+            assert_eq!(buf[..len], body[..]);
+            whence = Some(from);
+        }
+        for body in &bodies {
+            let back = server.send_to(body, whence.expect("some came"));
+            back.expect("send");
+        }
+        for body in &bodies {
+            let len = client.recv(&mut buf).expect("a datagram");
+            assert_eq!(buf[..len], body[..]);
+        }
+    }
 }
 
 /// Sends a packet with its sum, or with as much of it as the kernel's own are sent with.

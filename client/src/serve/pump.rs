@@ -183,22 +183,21 @@ impl Pump {
                     .map_err(lost)?;
                 self.flushing = true;
             }
+            if self.flushing {
+                continue;
+            }
             self.message.clear();
             if self
                 .mux
                 .poll_send(cx, &mut self.message, MAX_SENT)
                 .is_pending()
             {
-                if !self.flushing {
-                    return Ok(true);
-                }
-                continue;
+                return Ok(true);
             }
-            let message = Bytes::from(std::mem::take(&mut self.message));
-            let sent = Pin::new(&mut self.socket).start_send(Message::Binary(message.clone()));
-            sent.map_err(lost)?;
-            // The transport has copied it, so the buffer is ours alone again.
-            self.message = message.try_into_mut().map(Vec::from).unwrap_or_default();
+            let ahead = self.socket.get_mut();
+            ahead
+                .message(cx, &mut self.message)
+                .map_err(|e| End::Lost(e.to_string()))?;
             self.flushing = true;
         }
         Ok(false)

@@ -8,19 +8,20 @@ use std::fs::File;
 use std::future::poll_fn;
 use std::io::{self, IoSlice, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::{Sink, Stream};
 use rvpn_proto::control::{Goodbye, Message as Control, Stage, Welcome, patience};
 use rvpn_proto::gso::{
     Coalescer, Joins, Offer, VIRTIO_LEN, VirtioHeader, rebuild, shorten, size, trim,
 };
 use rvpn_proto::packet::{Parsed, Side, parse};
-use rvpn_proto::queue::{Meta, Next, Pace, Queue, Settings, Stride};
+use rvpn_proto::queue::{Buffer, Meta, Next, Pace, Queue, Settings, Stride};
 use rvpn_proto::record::{HEADER_LEN, Offload, Reader, header};
 use rvpn_proto::validate::{Limits, inbound};
 use tokio::io::Interest;
@@ -101,8 +102,8 @@ pub(crate) struct Carrier {
     device: Device,
     queue: Queue,
     begun: Instant,
-    read: Box<[u8]>,
-    message: BytesMut,
+    read: Buffer,
+    message: Buffer,
     /// Takes several datagrams as one packet.
     pub(crate) datagrams: bool,
     /// What is being joined.
@@ -122,8 +123,8 @@ impl Carrier {
             device,
             queue: Queue::new(Settings::default(), key),
             begun: Instant::now(),
-            read: vec![0; MAX_READ].into(),
-            message: BytesMut::new(),
+            read: Buffer::new(),
+            message: Buffer::new(),
             datagrams,
             packet: vec![0; MAX_READ].into(),
             outbound: Way::default(),
@@ -392,7 +393,7 @@ impl<'a> Session<'a> {
         let now = Instant::now();
         let (mut packets, mut bytes) = (0, 0);
         while packets < DRAIN_PACKETS && bytes < DRAIN_BYTES {
-            let Some(n) = carrier.device.read_now(&mut carrier.read)? else {
+            let Some(n) = carrier.device.read_now(carrier.read.from(VIRTIO_LEN))? else {
                 break;
             };
             self.take(n, carrier, now);
@@ -415,7 +416,7 @@ impl<'a> Session<'a> {
     ) -> Result<bool, End> {
         let mut bytes = 0;
         for _ in 0..DRAIN_PACKETS {
-            let n = match carrier.device.poll_read(cx, &mut carrier.read) {
+            let n = match carrier.device.poll_read(cx, carrier.read.from(VIRTIO_LEN)) {
                 Poll::Pending => return Ok(false),
                 Poll::Ready(Err(error)) => return Err(End::Device(error)),
                 Poll::Ready(Ok(n)) => n,
@@ -431,7 +432,7 @@ impl<'a> Session<'a> {
 
     fn take(&mut self, n: usize, carrier: &mut Carrier, now: Instant) {
         let micros = carrier.micros(now);
-        let read = &carrier.read[..n];
+        let read = &carrier.read.from(VIRTIO_LEN)[..n];
         let judged = VirtioHeader::read(read).and_then(|virtio| {
             let packet = &read[VIRTIO_LEN..];
             let offload = virtio.offload();
@@ -448,9 +449,10 @@ impl<'a> Session<'a> {
             offload,
             header_len: u16::try_from(parsed.header_len()).unwrap_or(0),
         };
+        let len = parsed.len();
         carrier
             .queue
-            .push(&read[VIRTIO_LEN..VIRTIO_LEN + parsed.len()], meta, micros);
+            .push_buffer(&mut carrier.read, len, meta, micros);
     }
 
     /// Queue to gateway, one flush at a time.
@@ -464,16 +466,17 @@ impl<'a> Session<'a> {
             return self.flush(cx, carrier.micros(now));
         }
         let (mut fed, most) = (0, self.pace.most());
-        let tcp = self.socket.get_mut().get_mut().0;
+        let tcp = self.socket.get_mut().get_mut().get_mut().0;
         tcp.set(self.pace.is_slow());
-        while fed < most.min(FLUSH_BYTES) && self.build(carrier, most, now) {
-            self.given += carrier.message.len() as u64;
-            fed += carrier.message.len();
-            let message = carrier.message.split().freeze();
-            let sent = Message::Binary(message.clone());
-            Pin::new(&mut *self.socket).start_send(sent).map_err(lost)?;
-            // The socket has copied it, so the buffer is ours again.
-            carrier.message = message.try_into_mut().unwrap_or_default();
+        while fed < most.min(FLUSH_BYTES) {
+            let Some(message) = build(carrier, most, now) else {
+                break;
+            };
+            fed += message.len();
+            self.given += message.len() as u64;
+            let message = &mut carrier.message.bytes_mut()[message];
+            let sent = self.socket.get_mut().message(cx, message);
+            sent.map_err(|e| End::Lost(e.to_string()))?;
             self.flushing = true;
         }
         if self.flushing {
@@ -493,46 +496,6 @@ impl<'a> Session<'a> {
             self.pace.took(now, self.given);
         }
         Ok(!self.flushing)
-    }
-
-    /// Makes the next message of what waits.
-    fn build(&mut self, carrier: &mut Carrier, most: usize, now: Instant) -> bool {
-        let micros = carrier.micros(now);
-        let buffer = &mut carrier.message;
-        let mut used = 0;
-        while let Some(next) = carrier.queue.next(micros) {
-            let body = used + HEADER_LEN;
-            if used > 0 && body + next.remaining() > most {
-                break;
-            }
-            if buffer.len() < body + next.len {
-                buffer.resize(body + next.len, 0);
-            }
-            let Some(next) = carrier.queue.take_part(&mut buffer[body..], most) else {
-                break;
-            };
-            let packet = &mut buffer[body..body + next.len];
-            let Some((length, offload)) = part(packet, &next) else {
-                carrier.outbound.dropped += 1;
-                continue;
-            };
-            let Ok(head) = header(length, offload) else {
-                carrier.outbound.dropped += 1;
-                continue;
-            };
-            if let Ok(parsed) = parse(&buffer[body..body + length]) {
-                let (packets, bytes) = size(&parsed, offload);
-                carrier.outbound.packets += packets;
-                carrier.outbound.payload += bytes;
-            }
-            buffer[used..body].copy_from_slice(&head);
-            used = body + length;
-        }
-        if used == 0 {
-            return false;
-        }
-        buffer.truncate(used);
-        true
     }
 
     /// The clock: keepalive, silence, the answer after a change.
@@ -566,6 +529,47 @@ impl<'a> Session<'a> {
 
 fn lost(error: Error) -> End {
     End::Lost(error.to_string())
+}
+
+/// Makes the next message of what waits, and says where it lies.
+fn build(carrier: &mut Carrier, most: usize, now: Instant) -> Option<Range<usize>> {
+    let micros = carrier.micros(now);
+    let (queue, buffer) = (&mut carrier.queue, &mut carrier.message);
+    // The first packet has its place, and its record's header fits before it.
+    let begin = Buffer::ROOM - HEADER_LEN;
+    let mut end = begin;
+    while let Some(next) = queue.next(micros) {
+        let body = end + HEADER_LEN;
+        let taken = if end == begin {
+            queue.take_buffer(buffer, most)
+        } else if body - begin + next.remaining() > most {
+            break;
+        } else {
+            // None if there is no room.
+            let room = buffer.bytes_mut()[body..].get_mut(..next.len);
+            room.and_then(|room| queue.take_part(room, most))
+        };
+        let Some(next) = taken else {
+            break;
+        };
+        let packet = &mut buffer.bytes_mut()[body..body + next.len];
+        let Some((length, offload)) = part(packet, &next) else {
+            carrier.outbound.dropped += 1;
+            continue;
+        };
+        let Ok(head) = header(length, offload) else {
+            carrier.outbound.dropped += 1;
+            continue;
+        };
+        if let Ok(parsed) = parse(&packet[..length]) {
+            let (packets, bytes) = size(&parsed, offload);
+            carrier.outbound.packets += packets;
+            carrier.outbound.payload += bytes;
+        }
+        buffer.bytes_mut()[end..body].copy_from_slice(&head);
+        end = body + length;
+    }
+    (end > begin).then_some(begin..end)
 }
 
 /// One packet to the device, in two parts, of which the first is changed.

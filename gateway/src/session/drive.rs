@@ -8,13 +8,14 @@
 
 use std::cell::RefCell;
 use std::future::poll_fn;
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use rvpn_proto::queue::{Pace, Stride};
+use bytes::Bytes;
+use rvpn_proto::queue::{Buffer, Pace, Stride};
 use tokio::sync::oneshot;
 use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -27,7 +28,7 @@ use crate::cores::Load;
 use crate::meter::{Row, Totals};
 use crate::pump::Out;
 use crate::pump::budget::{Depth, Gauge};
-use crate::tun::{MAX_READ, Tun};
+use crate::tun::{MAX_READ, Tun, VIRTIO_LEN};
 
 /// Taken from the client in one turn, after which the device has its own.
 const TURN_BYTES: usize = 256 * 1024;
@@ -49,17 +50,17 @@ const CONTROL_PER_SECOND: u32 = 20;
 /// Buffers that belong to the thread, so that an idle session has none.
 pub struct Scratch {
     /// One read of the device.
-    pub device: Box<[u8]>,
+    pub device: Buffer,
     /// The message being built.
-    pub message: BytesMut,
+    pub message: Buffer,
     /// The packet being put together.
     pub packet: Box<[u8]>,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
-        device: vec![0; MAX_READ].into(),
-        message: BytesMut::new(),
+        device: Buffer::new(),
+        message: Buffer::new(),
         packet: vec![0; MAX_READ].into(),
     });
 }
@@ -74,19 +75,22 @@ pub trait Carriage {
     /// Writes what was kept. Called after every batch of messages.
     fn flush(&mut self, _out: &mut Out<'_>) {}
 
-    /// Takes what one read of the device gave, with its virtio header, into the queue.
-    fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant);
+    /// Takes what one read of the device gave into the queue: so many bytes with
+    /// the virtio header, which lies before the packet's place. The buffer may be
+    /// another one afterwards.
+    fn inbound(&mut self, read: &mut Buffer, len: usize, totals: &mut Totals, now: Instant);
 
-    /// Makes `buffer` the next data message, if anything is due, of no more than
-    /// `most` bytes as far as its packets can be cut. What it held before is of
-    /// no interest. Counts what it takes.
+    /// Makes the next data message, if anything is due, of no more than `most`
+    /// bytes as far as its packets can be cut, and says where it lies in `buffer`.
+    /// What that held before is of no interest, and it may be another one
+    /// afterwards. Counts what it takes.
     fn message(
         &mut self,
-        buffer: &mut BytesMut,
+        buffer: &mut Buffer,
         most: usize,
         totals: &mut Totals,
         now: Instant,
-    ) -> bool;
+    ) -> Option<Range<usize>>;
 
     /// Brings what was dropped unseen into the totals, once a turn.
     fn tally(&mut self, _totals: &mut Totals) {}
@@ -385,12 +389,12 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         let now = Instant::now();
         let (mut packets, mut bytes) = (0, 0);
         while packets < DRAIN_PACKETS && bytes < DRAIN_BYTES {
-            let read = self.tun.read_now(&mut scratch.device);
+            let read = self.tun.read_now(scratch.device.from(VIRTIO_LEN));
             let Some(n) = read.map_err(|_| End::DeviceLost)? else {
                 break;
             };
             self.carriage
-                .inbound(&mut scratch.device[..n], &mut self.totals, now);
+                .inbound(&mut scratch.device, n, &mut self.totals, now);
             packets += 1;
             bytes += n;
         }
@@ -410,12 +414,12 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
     ) -> Result<bool, End> {
         let mut bytes = 0;
         for _ in 0..DRAIN_PACKETS {
-            match self.tun.poll_read(cx, &mut scratch.device) {
+            match self.tun.poll_read(cx, scratch.device.from(VIRTIO_LEN)) {
                 Poll::Pending => return Ok(false),
                 Poll::Ready(Err(_)) => return Err(End::DeviceLost),
                 Poll::Ready(Ok(n)) => {
                     self.carriage
-                        .inbound(&mut scratch.device[..n], &mut self.totals, now);
+                        .inbound(&mut scratch.device, n, &mut self.totals, now);
                     bytes += n;
                     if bytes >= DRAIN_BYTES {
                         break;
@@ -446,13 +450,13 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         }
         let (mut fed, most) = (0, self.pace.most());
         self.transport.keep_apart(self.pace.is_slow());
-        while fed < most.min(FLUSH_BYTES)
-            && self
-                .carriage
-                .message(&mut scratch.message, most, &mut self.totals, now)
-        {
-            fed += scratch.message.len();
-            self.transport.data(cx, &scratch.message)?;
+        while fed < most.min(FLUSH_BYTES) {
+            let buffer = &mut scratch.message;
+            let Some(message) = self.carriage.message(buffer, most, &mut self.totals, now) else {
+                break;
+            };
+            fed += message.len();
+            self.transport.data(cx, &buffer.bytes()[message])?;
             self.flushing = true;
         }
         if self.flushing {

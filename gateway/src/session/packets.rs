@@ -1,8 +1,10 @@
 //! Packets of the native protocol: records in messages.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::Range;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use rvpn_proto::queue::Buffer;
 use rvpn_proto::record::{HEADER_LEN, Reader, header};
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
@@ -74,43 +76,41 @@ impl Carriage for Packets {
         self.pump.flush(out);
     }
 
-    fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, now: Instant) {
-        self.pump.inbound(read, totals, now);
+    fn inbound(&mut self, read: &mut Buffer, len: usize, totals: &mut Totals, now: Instant) {
+        self.pump.inbound(read, len, totals, now);
     }
 
     fn message(
         &mut self,
-        buffer: &mut BytesMut,
+        buffer: &mut Buffer,
         most: usize,
         totals: &mut Totals,
         now: Instant,
-    ) -> bool {
-        let mut used = 0;
+    ) -> Option<Range<usize>> {
+        // The first packet has its place, and its record's header fits before it.
+        let begin = Buffer::ROOM - HEADER_LEN;
+        let mut end = begin;
         while let Some(waiting) = self.pump.next_len(now) {
-            let body = used + HEADER_LEN;
-            if used > 0 && body + waiting.remaining > most {
+            let body = end + HEADER_LEN;
+            let taken = if end == begin {
+                self.pump.take_buffer(buffer, most, totals)
+            } else if body - begin + waiting.remaining > most {
                 break;
-            }
-            // The buffer keeps its length between messages, so this seldom fills it.
-            if buffer.len() < body + waiting.whole {
-                buffer.resize(body + waiting.whole, 0);
-            }
-            let taken = self.pump.take(&mut buffer[body..], most, totals);
+            } else if let Some(room) = buffer.bytes_mut()[body..].get_mut(..waiting.whole) {
+                self.pump.take(room, most, totals)
+            } else {
+                break;
+            };
             let Some((len, offload)) = taken else {
                 continue;
             };
             let Ok(header) = header(len, offload) else {
                 continue;
             };
-            buffer[used..body].copy_from_slice(&header);
-            used = body + len;
+            buffer.bytes_mut()[end..body].copy_from_slice(&header);
+            end = body + len;
         }
-        if used == 0 {
-            // Not cut, see above.
-            return false;
-        }
-        buffer.truncate(used);
-        true
+        (end > begin).then_some(begin..end)
     }
 
     fn tally(&mut self, totals: &mut Totals) {

@@ -9,6 +9,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
+use rvpn_proto::frame::Header;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
@@ -203,11 +204,10 @@ impl Transport for Socket {
         // What the library would do, without the copy into a buffer of its own,
         // which it would then also keep for life. It has nothing of its own to
         // send now, and what it has later goes behind.
-        let mut header = [0; 10];
-        let length = data_header(&mut header, payload.len());
+        let header = Header::new(payload.len(), None);
         self.inner
             .get_mut()
-            .give(cx, &header[..length], payload)
+            .give(cx, header.bytes(), payload)
             .map_err(|_| Broken::Lost)
     }
 
@@ -226,53 +226,11 @@ impl Transport for Socket {
     }
 }
 
-/// Writes the header of a binary message in one frame, as a server sends it:
-/// final, not masked (RFC 6455, 5.2). Its length.
-fn data_header(header: &mut [u8; 10], payload: usize) -> usize {
-    header[0] = 0x82;
-    match payload {
-        0..=125 => {
-            header[1] = payload as u8;
-            2
-        }
-        126..=0xffff => {
-            header[1] = 126;
-            header[2..4].copy_from_slice(&(payload as u16).to_be_bytes());
-            4
-        }
-        _ => {
-            header[1] = 127;
-            header[2..].copy_from_slice(&(payload as u64).to_be_bytes());
-            10
-        }
-    }
-}
-
 fn broken(error: &Error) -> Broken {
     match error {
         Error::Capacity(_) => Broken::TooBig,
         Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => Broken::Lost,
         Error::Protocol(_) | Error::Utf8(_) => Broken::Protocol,
         _ => Broken::Lost,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::data_header;
-
-    #[test]
-    fn headers_are_those_of_rfc_6455() {
-        let mut header = [0; 10];
-        for (payload, bytes) in [
-            (0, &[0x82, 0][..]),
-            (125, &[0x82, 125]),
-            (126, &[0x82, 126, 0, 126]),
-            (65_535, &[0x82, 126, 0xff, 0xff]),
-            (65_536, &[0x82, 127, 0, 0, 0, 0, 0, 1, 0, 0]),
-        ] {
-            let length = data_header(&mut header, payload);
-            assert_eq!(&header[..length], bytes);
-        }
     }
 }

@@ -2,14 +2,16 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use rvpn_gateway::meter::{DropReason, Totals};
 use rvpn_gateway::pump::Out;
 use rvpn_gateway::session::begin::{Greeting, Place, Protocol};
 use rvpn_gateway::session::drive::{Carriage, End, Patience};
 use rvpn_gateway::tun::VIRTIO_LEN;
+use rvpn_proto::queue::Buffer;
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -42,28 +44,26 @@ impl Carriage for PlainCarriage {
         Ok(message.len())
     }
 
-    fn inbound(&mut self, read: &mut [u8], totals: &mut Totals, _now: Instant) {
+    fn inbound(&mut self, read: &mut Buffer, len: usize, totals: &mut Totals, _now: Instant) {
         if self.queue.len() == 4 {
             totals.inbound.drop(DropReason::Overload, 1);
             return;
         }
-        self.queue.push_back(read[VIRTIO_LEN..].to_vec());
+        let packet = &read.packet()[..len - VIRTIO_LEN];
+        self.queue.push_back(packet.to_vec());
     }
 
     fn message(
         &mut self,
-        buffer: &mut BytesMut,
+        buffer: &mut Buffer,
         _most: usize,
         totals: &mut Totals,
         _now: Instant,
-    ) -> bool {
-        let Some(packet) = self.queue.pop_front() else {
-            return false;
-        };
+    ) -> Option<Range<usize>> {
+        let packet = self.queue.pop_front()?;
         totals.inbound.pass(1, packet.len() as u64);
-        buffer.clear();
-        buffer.extend_from_slice(&packet);
-        true
+        buffer.bytes_mut()[..packet.len()].copy_from_slice(&packet);
+        Some(0..packet.len())
     }
 
     fn due(&self) -> Option<Instant> {

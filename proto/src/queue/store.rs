@@ -1,9 +1,10 @@
 //! Memory for waiting packets: chains of blocks out of chunks.
 //!
 //! The index of a packet's first block names the packet, and its particulars
-//! are kept beside that block, so that there is one thing to run out of.
+//! are kept beside that block, so that there is one thing to run out of. A long
+//! packet has only that one block, and lies in a buffer of its own.
 
-use super::Meta;
+use super::{Buffer, Meta};
 
 /// No block.
 pub(super) const NONE: u32 = u32::MAX;
@@ -12,10 +13,17 @@ pub(super) const NONE: u32 = u32::MAX;
 pub(super) const BLOCK: usize = 1024;
 /// Blocks that are allocated together.
 const CHUNK: u32 = 64;
+/// A packet of no less keeps its buffer, of which it fills half at least.
+pub(super) const LONG: usize = 32 * 1024;
+/// What that is charged: the buffer, and the block that names it.
+pub(super) const LONG_BLOCKS: u32 = 66;
 
 /// Blocks that a packet needs.
 pub(super) fn blocks(len: usize) -> u32 {
-    u32::try_from(len.div_ceil(BLOCK)).unwrap_or(NONE)
+    match len {
+        LONG.. => LONG_BLOCKS,
+        _ => u32::try_from(len.div_ceil(BLOCK)).unwrap_or(NONE),
+    }
 }
 
 /// A packet that waits, without its bytes.
@@ -84,6 +92,12 @@ pub(super) struct Store {
     links: Vec<u32>,
     /// Of packets, at the index of their first block.
     waiting: Vec<Waiting>,
+    /// Of long packets, at the same index.
+    long: Vec<Option<Buffer>>,
+    /// Buffers that held such before.
+    spare: Vec<Buffer>,
+    /// Buffers that do now.
+    taken: usize,
     first_free: u32,
     used: u32,
     limit: u32,
@@ -95,6 +109,9 @@ impl Store {
             chunks: Vec::new(),
             links: Vec::new(),
             waiting: Vec::new(),
+            long: Vec::new(),
+            spare: Vec::new(),
+            taken: 0,
             first_free: NONE,
             used: 0,
             limit: 0,
@@ -122,7 +139,8 @@ impl Store {
     }
 
     pub(super) fn memory(&self) -> usize {
-        self.chunks.len() * CHUNK as usize * BLOCK
+        let buffers = self.taken + self.spare.len();
+        (self.chunks.len() * CHUNK as usize + buffers * (LONG_BLOCKS as usize - 1)) * BLOCK
     }
 
     pub(super) fn relax(&mut self) {
@@ -130,8 +148,41 @@ impl Store {
             self.chunks = Vec::new();
             self.links = Vec::new();
             self.waiting = Vec::new();
+            self.long = Vec::new();
+            self.spare = Vec::new();
             self.first_free = NONE;
         }
+    }
+
+    /// A buffer for a long packet, or for whoever gives one.
+    pub(super) fn spare(&mut self) -> Buffer {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    /// Takes a long packet with its buffer. The caller has made sure that it fits.
+    pub(super) fn put_long(&mut self, buffer: Buffer, len: u16, meta: Meta, since: u64) -> u32 {
+        let slot = self.unused();
+        self.long[slot as usize] = Some(buffer);
+        self.taken += 1;
+        self.used += LONG_BLOCKS - 1;
+        self.links[slot as usize] = NONE;
+        self.waiting[slot as usize] = Waiting {
+            behind: NONE,
+            len,
+            cut: 0,
+            meta,
+            since,
+        };
+        slot
+    }
+
+    /// Gives the buffer of a long packet out, for another one. Not if it is none.
+    pub(super) fn exchange(&mut self, packet: u32, other: &mut Buffer) -> bool {
+        let Some(buffer) = &mut self.long[packet as usize] else {
+            return false;
+        };
+        std::mem::swap(buffer, other);
+        true
     }
 
     /// Copies a packet in. The caller has made sure that it fits.
@@ -170,6 +221,10 @@ impl Store {
 
     /// Copies a packet out; `out` is as long as the packet.
     pub(super) fn copy(&self, packet: u32, out: &mut [u8]) {
+        if let Some(buffer) = &self.long[packet as usize] {
+            out.copy_from_slice(&buffer.bytes()[Buffer::ROOM..][..out.len()]);
+            return;
+        }
         let mut block = packet;
         for piece in out.chunks_mut(BLOCK) {
             let at = (block % CHUNK) as usize * BLOCK;
@@ -182,6 +237,11 @@ impl Store {
     pub(super) fn free(&mut self, packet: u32) {
         let mut last = packet;
         let mut count = 1;
+        if let Some(buffer) = self.long[packet as usize].take() {
+            self.spare.push(buffer);
+            self.taken -= 1;
+            count = LONG_BLOCKS;
+        }
         while self.links[last as usize] != NONE {
             last = self.links[last as usize];
             count += 1;
@@ -209,6 +269,7 @@ impl Store {
         self.links.extend(begin + 1..end);
         self.links.push(self.first_free);
         self.waiting.resize(end as usize, Waiting::NOTHING);
+        self.long.resize_with(end as usize, || None);
         self.first_free = begin;
     }
 

@@ -8,6 +8,7 @@ mod args;
 mod cpu;
 mod crowd;
 mod device;
+mod flood;
 mod idle;
 mod load;
 mod machine;

@@ -266,10 +266,12 @@ pub(crate) struct WireGuard {
     dir: PathBuf,
     /// Public keys of server and client.
     public: [String; 2],
+    /// The client's machine.
+    client: Ipv4Addr,
 }
 
 impl WireGuard {
-    pub(crate) fn new(dir: &Path, ns: &Ns, boring: bool) -> Outcome<WireGuard> {
+    pub(crate) fn new(dir: &Path, ns: &Ns, client: Ipv4Addr, boring: bool) -> Outcome<WireGuard> {
         let mut public = [String::new(), String::new()];
         for (side, public) in ["server", "client"].iter().zip(&mut public) {
             let file = dir.join(side);
@@ -281,6 +283,7 @@ impl WireGuard {
             boring,
             dir: dir.to_owned(),
             public,
+            client,
         })
     }
 
@@ -313,9 +316,12 @@ impl WireGuard {
 
     pub(crate) fn serve(&self, ns: &Ns) -> Outcome<Daemon> {
         let (.., port, network) = self.place();
+        // It would find out where the client is; but boringtun's clock for a peer
+        // stands still until it knows an address, and if that took three minutes it
+        // then ends the first session as if it were that old.
         let configure = format!(
-            "listen-port {port} peer {} allowed-ips {network}.2/32",
-            self.public[1]
+            "listen-port {port} peer {} endpoint {}:{port} allowed-ips {network}.2/32",
+            self.public[1], self.client
         );
         self.start(ns, "server", &configure, 1)
     }
@@ -323,7 +329,7 @@ impl WireGuard {
     pub(crate) fn connect(&self, ns: &Ns) -> Outcome<Daemon> {
         let (_, _, prefix, port, _) = self.place();
         let configure = format!(
-            "peer {} endpoint {NB4}:{port} allowed-ips {FAR4}/32",
+            "listen-port {port} peer {} endpoint {NB4}:{port} allowed-ips {FAR4}/32",
             self.public[0]
         );
         let daemon = self.start(ns, "client", &configure, 2)?;

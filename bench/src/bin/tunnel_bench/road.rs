@@ -13,7 +13,7 @@ use crate::cpu::Who;
 use crate::naive::{self, End, Naive};
 use crate::peers::{Ocserv, OpenVpn, STUNNEL, Stunnel, WireGuard, find, version};
 use crate::rtt;
-use crate::stage::{FAR, Stage, client, far_tcp};
+use crate::stage::{FAR, Stage, address, client, far_tcp};
 use crate::tls;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -251,7 +251,7 @@ impl Road {
                 Peer::Naive(peer)
             }
             Kind::WireGuard | Kind::BoringTun => {
-                let peer = WireGuard::new(&dir, nb, kind == Kind::BoringTun)?;
+                let peer = WireGuard::new(&dir, nb, address(n), kind == Kind::BoringTun)?;
                 server = Some(peer.serve(nb)?);
                 Peer::WireGuard(peer)
             }

@@ -73,9 +73,14 @@ pub(crate) fn client(lab: &Lab, name: &'static str, n: u8) -> Machine {
     let ns = &machine.ns;
     ns.ip("route del default");
     ns.ip("-6 route del default");
-    congestion(ns, &format!("1.1.1.{n}"));
+    congestion(ns, &address(n).to_string());
     rtt::allow(ns);
     machine
+}
+
+/// The address of the client's machine with this number.
+pub(crate) fn address(n: u8) -> Ipv4Addr {
+    Ipv4Addr::new(1, 1, 1, n)
 }
 
 /// Where the far side's streams end.

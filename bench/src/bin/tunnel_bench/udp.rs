@@ -1,13 +1,14 @@
 //! The highest rate of datagrams that arrives whole.
 
-use std::net::{SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{setsockopt, sockopt};
 use rvpn_lab::Ns;
 
 use crate::Way;
+use crate::flood::{Counter, Flows};
 
 /// IPv4 and UDP headers.
 const HEADERS: usize = 28;
@@ -19,8 +20,10 @@ const TRIALS: u32 = 10;
 /// Where the search begins, and below which nothing is worth knowing.
 const FIRST: f64 = 40_000.0;
 const LEAST: f64 = 500.0;
-/// The receiver is never what loses them.
-const BUFFER: usize = 64 << 20;
+/// Each has a sender of its own. One gets less through the wires alone than some
+/// tunnels take; a third takes cores that the tunnels' programs need, and none of
+/// them then gets more through.
+const FLOWS: u16 = 2;
 
 /// One trial's outcome.
 struct Trial {
@@ -39,47 +42,15 @@ pub(crate) fn lossless(
     size: usize,
     trial: Duration,
 ) -> Option<f64> {
-    let (near, far) = meet(client, far, at)?;
-    for socket in [&near, &far] {
-        setsockopt(socket, sockopt::RcvBufForce, &BUFFER).ok()?;
-    }
-    let (from, to) = match way {
-        Way::Up => (near, far),
-        Way::Down => (far, near),
-    };
+    let flows = Flows::open(client, far, at, way, FLOWS)?;
     let counter = Counter::default();
-    std::thread::scope(|scope| {
-        scope.spawn(|| counter.run(&to));
-        let best = search(|rate| {
-            let payload = vec![0; size.saturating_sub(HEADERS).max(8)];
-            attempt(&from, payload, rate, trial, &counter)
-        });
+    thread::scope(|scope| {
+        scope.spawn(|| flows.receive(&counter));
+        let length = size.saturating_sub(HEADERS).max(8);
+        let best = search(|rate| attempt(&flows, length, rate, trial, &counter));
         counter.stop.store(true, Relaxed);
         best
     })
-}
-
-/// A flow that both sides know the other end of.
-fn meet(client: &Ns, far: &Ns, at: SocketAddr) -> Option<(UdpSocket, UdpSocket)> {
-    let there = far.run(|| UdpSocket::bind(at)).ok()?;
-    let here = client
-        .run(|| {
-            let socket = UdpSocket::bind("0.0.0.0:0")?;
-            socket.connect(at)?;
-            Ok::<_, std::io::Error>(socket)
-        })
-        .ok()?;
-    let short = Some(Duration::from_millis(20));
-    there.set_read_timeout(short).ok()?;
-    here.set_read_timeout(short).ok()?;
-    for _ in 0..100 {
-        here.send(&[0; 8]).ok()?;
-        if let Ok((_, from)) = there.recv_from(&mut [0; 64]) {
-            there.connect(from).ok()?;
-            return Some((here, there));
-        }
-    }
-    None
 }
 
 /// Doubles until it fails, then closes in.
@@ -113,87 +84,65 @@ fn search(mut attempt: impl FnMut(f64) -> Trial) -> Option<f64> {
     (low > 0.0).then_some(low)
 }
 
-fn attempt(
-    from: &UdpSocket,
-    mut payload: Vec<u8>,
-    rate: f64,
-    limit: Duration,
-    counter: &Counter,
-) -> Trial {
-    let id = counter.begin();
-    payload[..8].copy_from_slice(&id.to_ne_bytes());
-    let (start, mut sent) = (Instant::now(), 0_u64);
-    while start.elapsed() < limit {
-        let due = (start.elapsed().as_secs_f64() * rate) as u64;
-        // In the order of a network card's own bursts.
-        let burst = due.saturating_sub(sent).min(64);
-        for _ in 0..burst {
-            // What cannot be sent is lost as well.
-            let _ = from.send(&payload);
-        }
-        sent += burst;
-        if sent >= due {
-            std::thread::sleep(Duration::from_micros(40));
-        }
-    }
-    let took = start.elapsed();
+fn attempt(flows: &Flows, length: usize, rate: f64, limit: Duration, counter: &Counter) -> Trial {
+    let sent = flows.send(counter.begin(), length, rate, limit);
     let (mut seen, mut since) = (counter.seen.load(Relaxed), Instant::now());
-    while seen < sent && since.elapsed() < STANDING * 3 {
-        std::thread::sleep(Duration::from_micros(500));
+    while seen < sent.packets && since.elapsed() < STANDING * 3 {
+        thread::sleep(Duration::from_micros(500));
         let now = counter.seen.load(Relaxed);
         if now > seen {
             (seen, since) = (now, Instant::now());
         }
     }
-    let last = Duration::from_nanos(counter.last.load(Relaxed));
-    let drained = (counter.epoch + last).saturating_duration_since(start + took);
+    let drained = counter.last().saturating_duration_since(sent.end);
     Trial {
-        rate: sent as f64 / took.as_secs_f64(),
-        whole: seen as f64 >= sent as f64 * (1.0 - LOSS) && drained <= STANDING,
+        rate: sent.packets as f64 / sent.took.as_secs_f64(),
+        whole: seen as f64 >= sent.packets as f64 * (1.0 - LOSS) && drained <= STANDING,
     }
 }
 
-/// Counts what arrives of the present trial.
-struct Counter {
-    epoch: Instant,
-    id: AtomicU64,
-    seen: AtomicU64,
-    /// When the last one came, in nanoseconds since the epoch.
-    last: AtomicU64,
-    stop: AtomicBool,
-}
+#[cfg(test)]
+mod tests {
+    use super::{Trial, search};
 
-impl Default for Counter {
-    fn default() -> Counter {
-        Counter {
-            epoch: Instant::now(),
-            id: AtomicU64::new(0),
-            seen: AtomicU64::new(0),
-            last: AtomicU64::new(0),
-            stop: AtomicBool::new(false),
+    #[test]
+    fn the_search_comes_close_to_what_a_road_takes_and_stays_below() {
+        for limit in [700.0, 45_000.0, 119_000.0, 600_000.0] {
+            let best = search(|rate| Trial {
+                rate,
+                whole: rate <= limit,
+            });
+            let best = best.expect("something gets through");
+            assert!(best <= limit && best >= limit * 0.85, "{best} of {limit}");
         }
-    }
-}
-
-impl Counter {
-    fn begin(&self) -> u64 {
-        let id = self.id.fetch_add(1, Relaxed) + 1;
-        self.seen.store(0, Relaxed);
-        id
+        let nothing = search(|rate| Trial { rate, whole: false });
+        assert_eq!(nothing, None, "a road that carries nothing");
     }
 
-    fn run(&self, socket: &UdpSocket) {
-        let mut buffer = [0; 2048];
-        while !self.stop.load(Relaxed) {
-            let Ok(n @ 8..) = socket.recv(&mut buffer) else {
-                continue;
-            };
-            let id = buffer[..n].first_chunk().map(|b| u64::from_ne_bytes(*b));
-            if id == Some(self.id.load(Relaxed)) {
-                let now = self.epoch.elapsed().as_nanos();
-                self.last.store(now as u64, Relaxed);
-                self.seen.fetch_add(1, Relaxed);
+    #[test]
+    fn the_search_ends_where_the_senders_have_no_more_to_give() {
+        let mut trials = 0;
+        let best = search(|rate| {
+            trials += 1;
+            Trial {
+                rate: rate.min(100_000.0),
+                whole: true,
             }
-        }
+        });
+        assert_eq!(best, Some(100_000.0));
+        assert_eq!(trials, 3, "none after the first that fell short");
+    }
+
+    #[test]
+    fn one_trial_that_fails_by_accident_is_repeated() {
+        let mut trials = 0;
+        let best = search(|rate| {
+            trials += 1;
+            Trial {
+                rate,
+                whole: trials != 1 && rate <= 80_000.0,
+            }
+        });
+        assert!(best.expect("it gets through") >= 70_000.0);
     }
 }
