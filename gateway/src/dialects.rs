@@ -22,7 +22,8 @@ use crate::meter::{DropReason, Totals};
 use crate::pump::budget::Depth;
 use crate::pump::{Agreed, Identity, Out, Pump};
 use crate::session::begin::{Greeting, Place, Protocol};
-use crate::session::drive::{Carriage, End, Patience};
+use crate::session::carriage::{Carriage, End};
+use crate::session::drive::Patience;
 use crate::ticket::random;
 
 /// The least time between the answer to the upgrade and a greeting: clients

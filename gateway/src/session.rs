@@ -1,6 +1,7 @@
 //! Sessions: what happens to a connection after its login.
 
 pub mod begin;
+pub mod carriage;
 mod control;
 pub mod directory;
 pub mod drive;

@@ -34,7 +34,7 @@ use crate::meter::flush::now_ms;
 use crate::serve::table::Server;
 use crate::session::Shared;
 use crate::session::begin::monotonic;
-use crate::session::drive::End;
+use crate::session::carriage::End;
 use crate::session::hub::{Card, orders};
 use crate::session::transport::{Incoming, Socket};
 use crate::ticket::random;

@@ -7,6 +7,7 @@
 
 pub mod acme_server;
 pub mod attack;
+pub mod boundary;
 pub mod bulk;
 pub mod capture;
 pub mod fake_gateway;

@@ -4,12 +4,11 @@
 //! drains the device whether or not the socket takes data, and sends as long
 //! as it does. What waits, waits in the queue, where it can still be dropped.
 
-use std::fs::File;
+mod carrier;
+
 use std::future::poll_fn;
-use std::io::{self, IoSlice, Read as _, Write as _};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -17,26 +16,20 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
 use rvpn_proto::control::{Goodbye, Message as Control, Stage, Welcome, patience};
-use rvpn_proto::gso::{
-    Coalescer, Joins, Offer, VIRTIO_LEN, VirtioHeader, rebuild, shorten, size, trim,
-};
-use rvpn_proto::packet::{Parsed, Side, parse};
-use rvpn_proto::queue::{Buffer, Meta, Next, Pace, Queue, Settings, Stride};
-use rvpn_proto::record::{HEADER_LEN, Offload, Reader, header};
+use rvpn_proto::gso::{Coalescer, Joins, Offer, VIRTIO_LEN, VirtioHeader};
+use rvpn_proto::packet::{Parsed, Side};
+use rvpn_proto::queue::{Meta, Pace, Stride};
+use rvpn_proto::record::{Offload, Reader};
 use rvpn_proto::validate::{Limits, inbound};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
+pub(crate) use self::carrier::{Carrier, Device};
 use super::apart::Apart;
-use super::fd::watch;
-use super::wire::Way;
 use crate::link::Socket;
 
-const MAX_READ: usize = VIRTIO_LEN + 65_535;
 /// Taken from the gateway in one turn, and from the device.
 const TURN_BYTES: usize = 256 * 1024;
 const DRAIN_BYTES: usize = 1024 * 1024;
@@ -60,83 +53,6 @@ pub(crate) enum End {
     SentAway(Option<Goodbye>, Option<CloseFrame>),
     /// The device is gone.
     Device(io::Error),
-}
-
-/// The device, as the other half passed it.
-pub(crate) struct Device {
-    fd: AsyncFd<File>,
-}
-
-impl Device {
-    /// Takes the descriptor.
-    pub(crate) fn new(fd: OwnedFd) -> io::Result<Device> {
-        let interest = Interest::READABLE | Interest::ERROR;
-        Ok(Device {
-            fd: watch(fd, interest)?,
-        })
-    }
-
-    fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        loop {
-            let mut guard = std::task::ready!(self.fd.poll_read_ready(cx))?;
-            match guard.try_io(|fd| fd.get_ref().read(buffer)) {
-                Ok(result) => return Poll::Ready(result),
-                Err(_would_block) => {}
-            }
-        }
-    }
-
-    /// What may have come since the device was last found empty, which the
-    /// runtime would tell only later.
-    fn read_now(&self, buffer: &mut [u8]) -> Result<Option<usize>, End> {
-        match self.fd.get_ref().read(buffer) {
-            Ok(n) => Ok(Some(n)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(End::Device(error)),
-        }
-    }
-}
-
-/// What lives longer than a connection.
-pub(crate) struct Carrier {
-    device: Device,
-    queue: Queue,
-    begun: Instant,
-    read: Buffer,
-    message: Buffer,
-    /// Takes several datagrams as one packet.
-    pub(crate) datagrams: bool,
-    /// What is being joined.
-    packet: Box<[u8]>,
-    /// What was carried so far.
-    pub(crate) outbound: Way,
-    /// And the other way.
-    pub(crate) inbound: Way,
-    /// Round trip of the last ping.
-    pub(crate) rtt: Option<Duration>,
-}
-
-impl Carrier {
-    /// For a device.
-    pub(crate) fn new(device: Device, datagrams: bool, key: [u64; 2]) -> Carrier {
-        Carrier {
-            device,
-            queue: Queue::new(Settings::default(), key),
-            begun: Instant::now(),
-            read: Buffer::new(),
-            message: Buffer::new(),
-            datagrams,
-            packet: vec![0; MAX_READ].into(),
-            outbound: Way::default(),
-            inbound: Way::default(),
-            rtt: None,
-        }
-    }
-
-    fn micros(&self, now: Instant) -> u64 {
-        let passed = now.saturating_duration_since(self.begun).as_micros();
-        u64::try_from(passed).unwrap_or(u64::MAX)
-    }
 }
 
 /// One connection's part.
@@ -345,8 +261,8 @@ impl<'a> Session<'a> {
                         let (first, rest) = packet[..parsed.len()].split_at(parsed.len().min(HEAD));
                         let head = &mut head[..first.len()];
                         head.copy_from_slice(first);
-                        let device = &carrier.device;
-                        write(device, head, rest, &parsed, offload, &mut carrier.inbound)?;
+                        let count = &mut carrier.inbound;
+                        carrier.device.write(head, rest, &parsed, offload, count)?;
                         self.stride.wrote();
                         break;
                     }
@@ -363,9 +279,9 @@ impl<'a> Session<'a> {
         };
         let packet = &mut carrier.packet[..kept.parsed.len()];
         let count = &mut carrier.inbound;
-        let device = &carrier.device;
+        let (parsed, offload) = (&kept.parsed, kept.offload);
         self.stride.wrote();
-        write(device, packet, &[], &kept.parsed, kept.offload, count)
+        carrier.device.write(packet, &[], parsed, offload, count)
     }
 
     /// A hostile gateway may send anything. Only what is a packet to the
@@ -469,7 +385,7 @@ impl<'a> Session<'a> {
         let tcp = self.socket.get_mut().get_mut().get_mut().0;
         tcp.set(self.pace.is_slow());
         while fed < most.min(FLUSH_BYTES) {
-            let Some(message) = build(carrier, most, now) else {
+            let Some(message) = carrier.build(most, now) else {
                 break;
             };
             fed += message.len();
@@ -531,81 +447,6 @@ fn lost(error: Error) -> End {
     End::Lost(error.to_string())
 }
 
-/// Makes the next message of what waits, and says where it lies.
-fn build(carrier: &mut Carrier, most: usize, now: Instant) -> Option<Range<usize>> {
-    let micros = carrier.micros(now);
-    let (queue, buffer) = (&mut carrier.queue, &mut carrier.message);
-    // The first packet has its place, and its record's header fits before it.
-    let begin = Buffer::ROOM - HEADER_LEN;
-    let mut end = begin;
-    while let Some(next) = queue.next(micros) {
-        let body = end + HEADER_LEN;
-        let taken = if end == begin {
-            queue.take_buffer(buffer, most)
-        } else if body - begin + next.remaining() > most {
-            break;
-        } else {
-            // None if there is no room.
-            let room = buffer.bytes_mut()[body..].get_mut(..next.len);
-            room.and_then(|room| queue.take_part(room, most))
-        };
-        let Some(next) = taken else {
-            break;
-        };
-        let packet = &mut buffer.bytes_mut()[body..body + next.len];
-        let Some((length, offload)) = part(packet, &next) else {
-            carrier.outbound.dropped += 1;
-            continue;
-        };
-        let Ok(head) = header(length, offload) else {
-            carrier.outbound.dropped += 1;
-            continue;
-        };
-        if let Ok(parsed) = parse(&packet[..length]) {
-            let (packets, bytes) = size(&parsed, offload);
-            carrier.outbound.packets += packets;
-            carrier.outbound.payload += bytes;
-        }
-        buffer.bytes_mut()[end..body].copy_from_slice(&head);
-        end = body + length;
-    }
-    (end > begin).then_some(begin..end)
-}
-
-/// One packet to the device, in two parts, of which the first is changed.
-fn write(
-    device: &Device,
-    head: &mut [u8],
-    rest: &[u8],
-    parsed: &Parsed,
-    offload: Offload,
-    count: &mut Way,
-) -> Result<(), End> {
-    let (packets, bytes) = size(parsed, offload);
-    let Ok(virtio) = rebuild(head, parsed, offload) else {
-        count.dropped += packets;
-        return Ok(());
-    };
-    let virtio = virtio.to_bytes();
-    let parts = [
-        IoSlice::new(&virtio),
-        IoSlice::new(head),
-        IoSlice::new(rest),
-    ];
-    match device.fd.get_ref().write_vectored(&parts) {
-        Ok(_) => {
-            count.packets += packets;
-            count.payload += bytes;
-        }
-        Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
-            return Err(End::Device(error));
-        }
-        // This packet only: the device is down, or the kernel short of memory.
-        Err(_) => count.dropped += packets,
-    }
-    Ok(())
-}
-
 /// From an address that says "on your own wire", as those do who advertise routes.
 fn is_next_door(parsed: &Parsed, packet: &[u8]) -> bool {
     match parsed.address(packet, Side::Source) {
@@ -613,20 +454,4 @@ fn is_next_door(parsed: &Parsed, packet: &[u8]) -> bool {
         Some(IpAddr::V6(v6)) => v6.is_unicast_link_local(),
         None => true,
     }
-}
-
-/// Cuts the segments off that waited too long and those that go later. Its
-/// length and what is left to do.
-fn part(packet: &mut [u8], next: &Next) -> Option<(usize, Offload)> {
-    if next.cut == 0 && next.rest == 0 {
-        return Some((packet.len(), next.meta.offload));
-    }
-    let mut left = (parse(packet).ok()?, next.meta.offload);
-    if next.rest > 0 {
-        left = shorten(packet, &left.0, left.1, next.rest).ok()?;
-    }
-    if next.cut > 0 {
-        left = trim(packet, &left.0, left.1, next.cut).ok()?;
-    }
-    Some((left.0.len(), left.1))
 }

@@ -1,22 +1,22 @@
 //! From what is written to what is meant.
 
+mod dialects;
+mod keys;
+
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rvpn_proto::control::{self, Prefix};
-use rvpn_proto::dialect::{Dialect as Variant, Noise, Padding};
-use rvpn_proto::name::Pattern;
-use rvpn_proto::packer::Profile;
+use rvpn_proto::control::Prefix;
 
+use self::dialects::{dialect, packer};
+use self::keys::{key, one_legacy};
 use super::raw::{self, Raw};
 use super::{
-    AdminAddress, Algorithm, CertificateFiles, Config, Dialect, HelperSettings, Key, KeySource,
-    Legacy, Limits, Listener, Mode, Names, Network, Packer, Secret, SessionSettings, acme, demo,
-    front, host_of, log, serve,
+    AdminAddress, CertificateFiles, Config, HelperSettings, Limits, Listener, Mode, Names, Network,
+    SessionSettings, acme, demo, front, host_of, log, serve,
 };
 
 /// Where the system keeps the certificates that everybody believes.
@@ -24,8 +24,6 @@ pub(super) const SYSTEM_CA: &str = "/etc/ssl/certs/ca-certificates.crt";
 const STATE_DIR: &str = "/var/lib/rvpn";
 const ADMIN: &str = "127.0.0.1:7980";
 const HELPER_USER: &str = "rvpn-helper";
-/// HS256 secrets of the strict policy are at least as long as its hash.
-const SECRET_LEN: usize = 32;
 /// Names that end up in tables, logs and links.
 const NAME_LEN: usize = 128;
 
@@ -228,238 +226,6 @@ pub(crate) fn is_name(text: &str) -> bool {
         && text
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || b".:_@-".contains(&b))
-}
-
-fn key(raw: raw::Key, base: &Path) -> Checked<Key> {
-    let name = name("key", &raw.name)?;
-    let wrong = |why: &str| format!("key \"{name}\": {why}");
-    let ca_file = raw.ca_file.as_ref().map(|f| base.join(f));
-    let source = match (raw.file, raw.secret_file, raw.jwks_file, raw.jwks_url) {
-        (Some(file), None, None, None) => {
-            let algorithm = match raw.algorithm.as_deref() {
-                Some("EdDSA") => Algorithm::EdDsa,
-                Some("ES256") => Algorithm::Es256,
-                Some("RS256") => Algorithm::Rs256,
-                Some(_) | None => {
-                    return Err(wrong("algorithm must be EdDSA, ES256 or RS256 beside file"));
-                }
-            };
-            KeySource::Pem {
-                algorithm,
-                file: base.join(file),
-            }
-        }
-        (None, Some(file), None, None) => {
-            if raw.algorithm.as_deref().is_some_and(|a| a != "HS256") {
-                return Err(wrong("algorithm must be HS256 beside secret-file"));
-            }
-            let secret = secret_file(&base.join(file)).map_err(|e| wrong(&e))?;
-            if secret.bytes().len() < SECRET_LEN {
-                return Err(wrong(&format!(
-                    "the secret has {} bytes and needs {SECRET_LEN}; make one with: openssl rand -hex 32",
-                    secret.bytes().len()
-                )));
-            }
-            KeySource::Secret(secret)
-        }
-        (None, None, Some(file), None) => KeySource::JwksFile(base.join(file)),
-        (None, None, None, Some(url)) => {
-            if !url.starts_with("https://") {
-                return Err(wrong("jwks-url must begin with https://"));
-            }
-            url.parse::<hyper::Uri>()
-                .map_err(|e| wrong(&format!("jwks-url: {e}")))?;
-            KeySource::JwksUrl {
-                url: url.into(),
-                ca_file: ca_file.unwrap_or_else(|| SYSTEM_CA.into()),
-            }
-        }
-        _ => {
-            return Err(wrong(
-                "give exactly one of file, secret-file, jwks-file and jwks-url",
-            ));
-        }
-    };
-    if raw.algorithm.is_some()
-        && matches!(source, KeySource::JwksFile(_) | KeySource::JwksUrl { .. })
-    {
-        return Err(wrong(
-            "a JWK set names its algorithms itself; leave algorithm out",
-        ));
-    }
-    Ok(Key {
-        name,
-        source,
-        issuer: raw.issuer,
-        audience: raw.audience,
-        class: raw.class,
-    })
-}
-
-fn secret_file(path: &Path) -> Checked<Secret> {
-    let mut bytes =
-        std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
-    // An editor's last newline is not part of it.
-    while bytes.last().is_some_and(|b| matches!(b, b'\n' | b'\r')) {
-        bytes.pop();
-    }
-    Ok(Secret::new(bytes))
-}
-
-fn one_legacy(raw: raw::Legacy, base: &Path) -> Checked<Legacy> {
-    let name = name("legacy", &raw.name)?;
-    let wrong = |why: &str| format!("legacy \"{name}\": {why}");
-    let secret = match (raw.secret, raw.secret_file) {
-        (Some(secret), None) => secret,
-        (None, Some(file)) => secret_file(&base.join(file)).map_err(|e| wrong(&e))?,
-        _ => return Err(wrong("give exactly one of secret and secret-file")),
-    };
-    if secret.bytes().is_empty() {
-        return Err(wrong("the secret is empty; anybody could sign with it"));
-    }
-    let mut domains = Vec::new();
-    for domain in raw.domains {
-        let pattern = Pattern::parse(&domain)
-            .map_err(|why| wrong(&format!("\"{domain}\" is no domain: {why}")))?;
-        domains.push(pattern);
-    }
-    let ports = ports(raw.ports).map_err(|e| wrong(&e))?;
-    let profile = raw.profile.map(|p| profile(&p)).transpose();
-    let profile = profile.map_err(|e| wrong(&e))?;
-    Ok(Legacy {
-        account: format!("legacy:{name}").into(),
-        name,
-        secret,
-        domains,
-        ports,
-        profile,
-        class: raw.class,
-    })
-}
-
-fn ports(raw: Vec<raw::Ports>) -> Checked<Vec<RangeInclusive<u16>>> {
-    let several = |text: &str| {
-        let (first, last) = text.split_once('-')?;
-        let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
-        (0 < first && first <= last).then_some(first..=last)
-    };
-    raw.into_iter()
-        .map(|ports| match ports {
-            raw::Ports::One(port @ 1..) => Ok(port..=port),
-            raw::Ports::One(0) => Err("port 0 is none".to_owned()),
-            raw::Ports::Several(text) => several(&text)
-                .ok_or_else(|| format!("\"{text}\" is no range of ports; write it like 2000-2999")),
-        })
-        .collect()
-}
-
-fn packer(raw: raw::Packer, legacy: &[Legacy]) -> Checked<Packer> {
-    let some = legacy.iter().any(|l| !l.domains.is_empty());
-    Ok(Packer {
-        enabled: raw.enabled.unwrap_or(some),
-        profile: raw
-            .profile
-            .map(|p| profile(&p))
-            .transpose()
-            .map_err(|why| format!("packer: {why}"))?,
-    })
-}
-
-fn profile(text: &str) -> Checked<Profile> {
-    text.parse()
-        .map_err(|why| format!("profile \"{text}\" is {why}"))
-}
-
-fn dialect(raw: raw::Dialect, legacy: &[Legacy]) -> Checked<Dialect> {
-    let wrong = |why: &str| format!("dialect \"{}\": {why}", raw.path);
-    let is_path = raw.path.starts_with('/')
-        && raw.path.len() <= NAME_LEN
-        && raw
-            .path
-            .bytes()
-            .all(|b| b.is_ascii_graphic() && !b"?#%\\".contains(&b));
-    if !is_path {
-        return Err(wrong("the path must begin with / and have no ?, # or %"));
-    }
-    if raw.path == control::PATH || raw.path.starts_with("/rvpn/") {
-        return Err(wrong("paths under /rvpn/ belong to the gateway itself"));
-    }
-    let variant = match raw.kind {
-        raw::DialectKind::Raw => Variant::SnatRaw,
-        raw::DialectKind::Text4 => Variant::TextV4,
-        raw::DialectKind::Text46 => Variant::TextDual,
-        raw::DialectKind::Padded => Variant::Padded,
-    };
-    if raw.anonymous && raw.legacy.is_some() {
-        return Err(wrong("anonymous and legacy exclude each other"));
-    }
-    let account = raw.account.as_deref();
-    let account = account.map(|a| name("dialect: account", a)).transpose()?;
-    let by_name = |n: &String| legacy.iter().find(|l| *l.name == **n);
-    let legacy = match &raw.legacy {
-        Some(name) => match by_name(name) {
-            Some(found) => Some(Arc::clone(&found.name)),
-            None => return Err(wrong(&format!("there is no [[legacy]] named \"{name}\""))),
-        },
-        None => None,
-    };
-    if account.is_some() && legacy.is_some() {
-        return Err(wrong(
-            "with legacy the account is that of the [[legacy]] block; leave account out",
-        ));
-    }
-    let padding = match &raw.padding {
-        None => Padding::NONE,
-        Some(_) if variant != Variant::Padded => {
-            return Err(wrong("only the kind \"padded\" knows padding"));
-        }
-        Some(raw::Padding::Named(preset)) => match preset.as_str() {
-            "none" => Padding::NONE,
-            "slight" => Padding::SLIGHT,
-            "broad" => Padding::BROAD,
-            _ => {
-                return Err(wrong(
-                    "padding is \"none\", \"slight\", \"broad\" or a table of its own",
-                ));
-            }
-        },
-        Some(raw::Padding::Own(own)) => own_padding(own).map_err(|e| wrong(&e))?,
-    };
-    Ok(Dialect {
-        variant,
-        account,
-        anonymous: raw.anonymous,
-        legacy,
-        class: raw.class,
-        padding,
-        path: raw.path,
-    })
-}
-
-fn own_padding(own: &raw::OwnPadding) -> Checked<Padding> {
-    let noise = match (own.noise_bytes, own.noise_every_ms) {
-        (Some(bytes), Some(every_ms)) => Some(Noise { bytes, every_ms }),
-        (None, None) => None,
-        _ => return Err("noise needs both noise-bytes and noise-every-ms".to_owned()),
-    };
-    let padding = Padding {
-        bytes: own.bytes,
-        noise,
-    };
-    let ordered = |(low, high): (u16, u16)| low <= high && high <= 2048;
-    let fits = ordered(padding.bytes)
-        && padding.noise.is_none_or(|n| {
-            ordered(n.bytes)
-                && n.every_ms.0 <= n.every_ms.1
-                && (10..=60_000).contains(&n.every_ms.0)
-        });
-    match fits {
-        true => Ok(padding),
-        false => Err(
-            "ranges are [least, most]; bytes at most 2048, noise at least every 60 s and at most every 10 ms"
-                .to_owned(),
-        ),
-    }
 }
 
 fn origin(text: String) -> Checked<String> {

@@ -13,7 +13,8 @@ use tokio_tungstenite::tungstenite::Message;
 use tracing::{Instrument, debug, info, info_span, warn};
 
 use super::Shared;
-use super::drive::{Carriage, Drive, End, Patience};
+use super::carriage::{Carriage, End};
+use super::drive::{Drive, Patience};
 use super::hub::{Card, Claim, Entry, Handed, SessionId, orders};
 use super::lease::{Refusal, obtain};
 use super::mailbox::{Slot, mailbox};

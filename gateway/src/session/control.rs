@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
 use tracing::warn;
 
-use super::drive::End;
+use super::carriage::End;
 use super::mailbox::Slot;
 use crate::meter::{Side, Totals};
 

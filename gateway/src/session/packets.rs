@@ -9,8 +9,8 @@ use rvpn_proto::record::{HEADER_LEN, Reader, header};
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
 
+use super::carriage::{Carriage, End};
 use super::control::Desk;
-use super::drive::{Carriage, End};
 use crate::meter::Totals;
 use crate::pump::budget::Depth;
 use crate::pump::{Agreed, Identity, Out, Pump};

@@ -20,7 +20,7 @@ use crate::auth::rights::Rights;
 use crate::serve::Service;
 use crate::serve::names::Unclear;
 use crate::serve::table::{Ending, Offer, Place, Refused, Server};
-use crate::session::drive::End;
+use crate::session::carriage::End;
 
 /// Names that a refusal mentions.
 const MENTIONED: usize = 5;

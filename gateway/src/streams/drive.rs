@@ -23,7 +23,7 @@ use super::carrier::Notice;
 use super::desk::Desk;
 use crate::cores::Load;
 use crate::meter::{Row, Totals};
-use crate::session::drive::{Bucket, End};
+use crate::session::carriage::{Bucket, End};
 use crate::session::hub::Order;
 use crate::session::mailbox::Mailbox;
 use crate::session::transport::{Incoming, Socket, Transport as _};
