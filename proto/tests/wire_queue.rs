@@ -591,6 +591,13 @@ fn long_packets_change_hands_and_others_are_copied() {
     }
     assert_eq!(places.iter().filter(|p| !p.is_null()).count(), 1);
     assert_eq!(queue.memory(), LONG - BLOCK + 64 * BLOCK);
+    // A lower limit lets spare buffers go, although something waits.
+    for number in 0..20 {
+        queue.push(&packet(2, number, 60_000), Meta::default(), 0);
+    }
+    queue.set_limit(MIN_LIMIT);
+    assert_eq!(queue.stats().queued.packets, 2);
+    assert_eq!(queue.memory(), 2 * (LONG - BLOCK) + 64 * BLOCK);
     assert!(!queue.push_buffer(&mut device, 0, Meta::default(), 0));
     assert!(!queue.push_buffer(&mut device, MAX_PACKET + 1, Meta::default(), 0));
     assert_eq!(queue.stats().refused.packets, 2);

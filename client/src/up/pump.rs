@@ -79,6 +79,8 @@ pub(crate) struct Session<'a> {
     given: u64,
     /// And the device between two looks.
     stride: Stride,
+    /// Packets and bytes that looks have taken from the device in this turn.
+    looked: (usize, usize),
     timer: Pin<Box<Sleep>>,
     said: Option<Goodbye>,
 }
@@ -122,6 +124,7 @@ impl<'a> Session<'a> {
             pace: Pace::default(),
             given: 0,
             stride: Stride::default(),
+            looked: (0, 0),
             timer: Box::pin(sleep_until(now)),
             said: None,
         }
@@ -160,6 +163,9 @@ impl<'a> Session<'a> {
         let mut now = Instant::now();
         for turn in 1.. {
             let mut more = self.receive(cx, carrier, now)?;
+            if self.looked.0 > 0 {
+                now = Instant::now();
+            }
             more |= self.drain(cx, carrier, now)?;
             more |= self.send(cx, carrier, now)?;
             if !more {
@@ -181,6 +187,7 @@ impl<'a> Session<'a> {
         carrier: &mut Carrier,
         now: Instant,
     ) -> Result<bool, End> {
+        self.looked = (0, 0);
         let more = self.take_in(cx, carrier, now);
         // Also when the connection ends: what came before the end has come.
         self.finish(carrier)?;
@@ -307,17 +314,19 @@ impl<'a> Session<'a> {
     /// Sends on what has come from the device while it was written to.
     fn look(&mut self, cx: &mut Context<'_>, carrier: &mut Carrier) -> Result<(), End> {
         let now = Instant::now();
-        let (mut packets, mut bytes) = (0, 0);
-        while packets < DRAIN_PACKETS && bytes < DRAIN_BYTES {
+        let before = self.looked.0;
+        // All looks of a turn take no more than one drain does.
+        while self.looked.0 < DRAIN_PACKETS && self.looked.1 < DRAIN_BYTES {
             let Some(n) = carrier.device.read_now(carrier.read.from(VIRTIO_LEN))? else {
                 break;
             };
             self.take(n, carrier, now);
-            packets += 1;
-            bytes += n;
+            self.looked.0 += 1;
+            self.looked.1 += n;
         }
-        self.stride.looked(packets > 0);
-        if packets > 0 {
+        let found = self.looked.0 > before;
+        self.stride.looked(found);
+        if found {
             self.send(cx, carrier, now)?;
         }
         Ok(())
@@ -378,8 +387,8 @@ impl<'a> Session<'a> {
         carrier: &mut Carrier,
         now: Instant,
     ) -> Result<bool, End> {
-        if self.flushing {
-            return self.flush(cx, carrier.micros(now));
+        if self.flushing && !self.flush(cx, carrier.micros(now))? {
+            return Ok(false);
         }
         let (mut fed, most) = (0, self.pace.most());
         let tcp = self.socket.get_mut().get_mut().get_mut().0;

@@ -97,6 +97,8 @@ pub struct Drive<T, C> {
     /// How much the socket is given at once, and the device between two looks.
     pace: Pace,
     stride: Stride,
+    /// Packets and bytes that looks have taken from the device in this turn.
+    looked: (usize, usize),
     begun: Instant,
     control: Bucket,
     drops_seen: u64,
@@ -138,6 +140,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
             flushing: false,
             pace: Pace::default(),
             stride: Stride::default(),
+            looked: (0, 0),
             begun: now,
             control: Bucket::full(now),
             drops_seen: 0,
@@ -196,7 +199,12 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         for turn in 1.. {
             let more = self
                 .receive(cx, scratch, last)
-                .and_then(|more| Ok(self.drain(cx, scratch, last)? | more))
+                .and_then(|more| {
+                    if self.looked.0 > 0 {
+                        last = Instant::now();
+                    }
+                    Ok(self.drain(cx, scratch, last)? | more)
+                })
                 .and_then(|more| Ok(self.send(cx, scratch, last)? | more));
             match more {
                 Err(end) => return Poll::Ready(end),
@@ -219,6 +227,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         scratch: &mut Scratch,
         now: Instant,
     ) -> Result<bool, End> {
+        self.looked = (0, 0);
         let more = self.take_in(cx, scratch, now);
         // Also when the session ends: what came before the end has come.
         let (carriage, mut out) = self.out(&mut scratch.packet, now);
@@ -293,19 +302,21 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
     /// Sends on what has come from the device while it was written to.
     fn look(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Result<(), End> {
         let now = Instant::now();
-        let (mut packets, mut bytes) = (0, 0);
-        while packets < DRAIN_PACKETS && bytes < DRAIN_BYTES {
+        let before = self.looked.0;
+        // All looks of a turn take no more than one drain does.
+        while self.looked.0 < DRAIN_PACKETS && self.looked.1 < DRAIN_BYTES {
             let read = self.tun.read_now(scratch.device.from(VIRTIO_LEN));
             let Some(n) = read.map_err(|_| End::DeviceLost)? else {
                 break;
             };
             self.carriage
                 .inbound(&mut scratch.device, n, &mut self.totals, now);
-            packets += 1;
-            bytes += n;
+            self.looked.0 += 1;
+            self.looked.1 += n;
         }
-        self.stride.looked(packets > 0);
-        if packets > 0 {
+        let found = self.looked.0 > before;
+        self.stride.looked(found);
+        if found {
             self.send(cx, scratch, now)?;
         }
         Ok(())

@@ -96,7 +96,7 @@ impl Carriage for Packets {
                 self.pump.take_buffer(buffer, most, totals)
             } else if body - begin + waiting.remaining > most {
                 break;
-            } else if let Some(room) = buffer.bytes_mut()[body..].get_mut(..waiting.whole) {
+            } else if let Some(room) = buffer.bytes_mut().get_mut(body..body + waiting.whole) {
                 self.pump.take(room, most, totals)
             } else {
                 break;

@@ -123,6 +123,13 @@ impl Store {
     /// May leave more in use than allowed.
     pub(super) fn set_limit(&mut self, limit: usize) {
         self.limit = u32::try_from(limit / BLOCK).unwrap_or(NONE - 1);
+        self.spare
+            .truncate(self.most_long().saturating_sub(self.taken));
+    }
+
+    /// Long packets that may be held at once.
+    fn most_long(&self) -> usize {
+        (self.limit / LONG_BLOCKS) as usize
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -238,8 +245,10 @@ impl Store {
         let mut last = packet;
         let mut count = 1;
         if let Some(buffer) = self.long[packet as usize].take() {
-            self.spare.push(buffer);
             self.taken -= 1;
+            if self.taken + self.spare.len() < self.most_long() {
+                self.spare.push(buffer);
+            }
             count = LONG_BLOCKS;
         }
         while self.links[last as usize] != NONE {

@@ -150,7 +150,7 @@ impl Carrier {
                 break;
             } else {
                 // None if there is no room.
-                let room = buffer.bytes_mut()[body..].get_mut(..next.len);
+                let room = buffer.bytes_mut().get_mut(body..body + next.len);
                 room.and_then(|room| queue.take_part(room, most))
             };
             let Some(next) = taken else {
