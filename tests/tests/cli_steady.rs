@@ -1,7 +1,7 @@
 //! What must not move a tunnel that is up.
 
 use std::os::unix::net::UnixStream;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use rvpn_lab::gateway::Gateway;
 use rvpn_lab::helper::as_user;
@@ -27,7 +27,14 @@ fn rules_that_somebody_removes_come_back() {
         let count = |(v4, v6): (String, String)| (v4.lines().count(), v6.lines().count());
         let before = count(rules());
         for family in ["", "-6 "] {
-            phone.ns.ip(&format!("{family}rule flush"));
+            // It is told of what was not there any more: the client is at work as well.
+            wait_until("the rules are gone", || {
+                let mut flush = Command::new("ip");
+                flush
+                    .args(family.split_whitespace())
+                    .args(["rule", "flush"]);
+                phone.ns.output(&mut flush).status.success()
+            });
             phone
                 .ns
                 .ip(&format!("{family}rule add pref 32766 lookup main"));
