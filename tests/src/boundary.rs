@@ -1,11 +1,7 @@
 //! What the tests of the helper's boundary have in common.
 
-use std::process::Command;
-
 use rvpn_ipc::{Client, ClientError, Key, Kind, Status};
-use serde_json::Value;
 
-use crate::helper::bin;
 use crate::topology::many_uids;
 use crate::{Helper, Lab, Tunnel, wait_until};
 
@@ -23,31 +19,6 @@ pub fn two_users() {
         many_uids(),
         "this case needs two users: run it as root (sudo ./dev-bin/test)"
     );
-}
-
-fn evil_command(helper: &Helper, attack: &str, number: u64) -> Command {
-    let mut c = Command::new(bin("evil-gw"));
-    c.arg(&helper.socket)
-        .arg(helper.uid.to_string())
-        .arg(helper.gateway_uid.to_string());
-    c.arg(attack).arg(number.to_string());
-    c
-}
-
-/// Runs a taken-over gateway, which tries one thing, and returns what it says.
-#[track_caller]
-pub fn evil(lab: &Lab, helper: &Helper, attack: &str, number: u64) -> Value {
-    let out = lab.gw.output(&mut evil_command(helper, attack, number));
-    let (text, errors) = (
-        String::from_utf8_lossy(&out.stdout),
-        String::from_utf8_lossy(&out.stderr),
-    );
-    assert!(
-        out.status.success(),
-        "{attack}: {errors}; helper: {}",
-        helper.log()
-    );
-    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{attack}: {e}: {text}"))
 }
 
 /// Waits until nobody holds a slot.

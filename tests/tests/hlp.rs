@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use rvpn_ipc::frame::{REPLY_LEN, REQUEST_LEN};
 use rvpn_ipc::{Client, ClientError, Key, Kind, Op, Request, Status, seqpacket};
-use rvpn_lab::boundary::{all_free, evil, setup, two_users};
+use rvpn_lab::attack::evil;
+use rvpn_lab::boundary::{all_free, setup, two_users};
 use rvpn_lab::helper::as_user;
 use rvpn_lab::read_back::{devices, elements, rules_alone};
 use rvpn_lab::topology::UP4;

@@ -9,7 +9,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::{Command, Stdio};
 
 use rvpn_ipc::{Client, ClientError, seqpacket};
-use rvpn_lab::boundary::{all_free, evil, setup, two_users, when_free};
+use rvpn_lab::attack::evil;
+use rvpn_lab::boundary::{all_free, setup, two_users, when_free};
 use rvpn_lab::helper::{as_user, faulty, give};
 use rvpn_lab::read_back::devices;
 use rvpn_lab::topology::UP4;
