@@ -152,7 +152,7 @@ pub(crate) struct Up {
     /// Largest packet, 1280 to 65535 (default: the gateway's)
     #[arg(long, value_parser = clap::value_parser!(u16).range(1280..))]
     pub(crate) mtu: Option<u16>,
-    /// Finished packets only: slower, for comparing
+    /// Finished packets only between client and gateway: slower, for comparing
     #[arg(long)]
     pub(crate) no_offload: bool,
 }

@@ -463,7 +463,7 @@ fn a_thin_flow_does_not_wait_for_all_others() {
 /// Packets of a flow that follow each other can be joined at the other end.
 #[test]
 fn turns_are_long_where_the_socket_is_fast_and_short_where_it_is_slow() {
-    for (most, least, longest) in [(MESSAGE_LIMIT, 20, 24), (MESSAGE_LIMIT - 1, 1, 2)] {
+    for (most, least, longest) in [(MESSAGE_LIMIT, 38, 42), (MESSAGE_LIMIT - 1, 1, 2)] {
         let mut queue = queue(2 << 20);
         let mut out = vec![0; MAX_PACKET];
         for number in 0..250 {

@@ -5,13 +5,12 @@ use std::os::fd::{IntoRawFd as _, OwnedFd};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tun_rs::DeviceBuilder;
 
-use super::fd::{finish_packets, owned};
+use super::fd::owned;
 use crate::fail::{Outcome, While as _};
 
-/// Makes it. Its packets have virtio headers in any case; without `offload`
-/// the kernel finishes them before it hands them out. The second is whether it
-/// takes several datagrams as one packet.
-pub(crate) fn make(name: &str, offload: bool) -> Outcome<(OwnedFd, bool)> {
+/// Makes it. Its packets have virtio headers, and can be super-packets. The second is
+/// whether it takes several datagrams as one packet.
+pub(crate) fn make(name: &str) -> Outcome<(OwnedFd, bool)> {
     let device = DeviceBuilder::new()
         .name(name)
         .offload(true)
@@ -21,9 +20,6 @@ pub(crate) fn make(name: &str, offload: bool) -> Outcome<(OwnedFd, bool)> {
         .while_doing(format_args!("make the device {name}"))?;
     let datagrams = device.udp_gso();
     let fd = owned(device.into_raw_fd());
-    if !offload {
-        finish_packets(&fd).while_doing("prepare the device")?;
-    }
     fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).while_doing("prepare the device")?;
     Ok((fd, datagrams))
 }

@@ -92,15 +92,6 @@ fn round_trip(socket: BorrowedFd<'_>) -> io::Result<Duration> {
     }
 }
 
-nix::ioctl_write_int!(tun_set_offload, b'T', 208);
-
-/// Makes the kernel finish packets before it hands them out.
-pub(crate) fn finish_packets(tun: &OwnedFd) -> io::Result<()> {
-    // SAFETY: the call takes a number and touches no memory of ours.
-    unsafe { tun_set_offload(tun.as_raw_fd(), 0) }?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, TcpStream};

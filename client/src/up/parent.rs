@@ -418,7 +418,7 @@ impl Parent {
             self.net.remove(&self.plan.interface).await?;
             self.half.has_device = false;
         }
-        let (fd, datagrams) = device::make(&self.plan.interface, terms.offload)?;
+        let (fd, datagrams) = device::make(&self.plan.interface)?;
         self.net
             .attach(&self.plan, terms.mtu, terms.v4, terms.v6)
             .await?;

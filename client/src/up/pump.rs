@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
 use rvpn_proto::control::{Goodbye, Message as Control, Stage, Welcome, patience};
-use rvpn_proto::gso::{Coalescer, Joins, Offer, VIRTIO_LEN, VirtioHeader};
+use rvpn_proto::gso::{Coalescer, Joins, Offer, Segments, VIRTIO_LEN, VirtioHeader};
 use rvpn_proto::packet::{Parsed, Side};
 use rvpn_proto::queue::{Meta, Pace, Stride};
 use rvpn_proto::record::{Offload, Reader};
@@ -111,8 +111,8 @@ impl<'a> Session<'a> {
             },
             offload,
             coalescer: Coalescer::new(Joins {
-                // With offload they are joined before they get here.
-                tcp: !offload,
+                // Where the gateway's uplink joins nothing, they come singly also with offload.
+                tcp: true,
                 udp: datagrams,
             }),
             keepalive: Duration::from_secs(welcome.keepalive_s.into()),
@@ -357,7 +357,7 @@ impl<'a> Session<'a> {
 
     fn take(&mut self, n: usize, carrier: &mut Carrier, now: Instant) {
         let micros = carrier.micros(now);
-        let read = &carrier.read.from(VIRTIO_LEN)[..n];
+        let read = &mut carrier.read.from(VIRTIO_LEN)[..n];
         let judged = VirtioHeader::read(read).and_then(|virtio| {
             let packet = &read[VIRTIO_LEN..];
             let offload = virtio.offload();
@@ -370,14 +370,26 @@ impl<'a> Session<'a> {
             carrier.outbound.dropped += 1;
             return;
         };
-        let meta = Meta {
+        let mut meta = Meta {
             offload,
             header_len: u16::try_from(parsed.header_len()).unwrap_or(0),
         };
-        let len = parsed.len();
-        carrier
-            .queue
-            .push_buffer(&mut carrier.read, len, meta, micros);
+        let queue = &mut carrier.queue;
+        if self.offload {
+            queue.push_buffer(&mut carrier.read, parsed.len(), meta, micros);
+            return;
+        }
+        // The gateway takes finished packets only. To cut them here costs one read of
+        // the device and not one for each.
+        let offload = std::mem::take(&mut meta.offload);
+        let Ok(mut segments) = Segments::new(&mut read[VIRTIO_LEN..], &parsed, offload) else {
+            carrier.outbound.dropped += 1;
+            return;
+        };
+        while let Some(segment) = segments.cut() {
+            queue.push(segment, meta, micros);
+        }
+        carrier.outbound.dropped += segments.left() as u64;
     }
 
     /// Queue to gateway, one flush at a time.
