@@ -36,11 +36,19 @@ pub fn ioctl_buffer(fd: BorrowedFd<'_>, request: u32, arg: &mut [u8]) -> io::Res
         .map(drop)
 }
 
-/// Whether a device of this namespace leaves checksums to what it sends to.
-pub fn offload_checksums(fd: BorrowedFd<'_>, device: &str, on: bool) -> io::Result<()> {
+/// What a device can be told to do or leave, as ethtool numbers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// Leaves checksums to what it sends to, and with them the cutting of super-packets.
+    Checksums = 0x17,
+    /// Joins the packets of a flow that it receives together.
+    Joins = 0x2c,
+}
+
+/// Switches a feature of a device of this namespace on or off.
+pub fn feature(fd: BorrowedFd<'_>, device: &str, feature: Feature, on: bool) -> io::Result<()> {
     const SIOCETHTOOL: u32 = 0x8946;
-    const ETHTOOL_STXCSUM: u32 = 0x17;
-    let value = [ETHTOOL_STXCSUM, u32::from(on)];
+    let value = [feature as u32, u32::from(on)];
     let mut request = [0; 40];
     request[..device.len()].copy_from_slice(device.as_bytes());
     request[16..24].copy_from_slice(&value.as_ptr().addr().to_ne_bytes());

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rvpn_lab::bulk::{Way, start};
 use rvpn_lab::capture::{Capture, drain_udp};
 use rvpn_lab::machine::Machine;
-use rvpn_lab::raw::offload_checksums;
+use rvpn_lab::raw::{Feature, feature};
 use rvpn_lab::read_back::{bad_sums, ip_json};
 use rvpn_lab::scene::{PORT, Scene, drops, number};
 use rvpn_lab::topology::{UP4, UP6, at};
@@ -141,7 +141,7 @@ fn int_12_what_a_burst_loses_is_counted_and_the_rest_in_order() {
 fn whole_sums_on_the_wire(lab: &Lab) {
     for ns in [&lab.gw, &lab.up] {
         let socket = ns.udp("0.0.0.0:0");
-        offload_checksums(socket.as_fd(), "wan0", false).expect("checksums by software");
+        feature(socket.as_fd(), "wan0", Feature::Checksums, false).expect("checksums by software");
     }
 }
 

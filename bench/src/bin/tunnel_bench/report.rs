@@ -245,7 +245,7 @@ impl Report<'_> {
         if !self.plan.rough {
             return;
         }
-        *text += "\n## Roads that lose packets, and a narrow one\n\nMbit/s of 4 TCP streams where each packet between client and gateway is lost with 1 % or 3 %, in both directions, or (`far`) with 1 % between gateway and far side; packets of the wire, not of 64 KiB. A round trip takes less than a tenth of a millisecond there without a tunnel, so the time that a tunnel adds by itself counts more than on a real road.\n\n";
+        *text += "\n## Roads that lose packets, and a narrow one\n\nMbit/s of 4 TCP streams where each packet between client and gateway is lost with 1 % or 3 %, in both directions, or (`far`) with 1 % between gateway and far side. As with real devices, those before the lossy piece of wire cut super-packets into packets of the wire, each of which is lost or not, and those behind it join what has come through. A round trip takes less than a tenth of a millisecond there without a tunnel, so the time that a tunnel adds by itself counts more than on a real road.\n\n";
         let kinds = LOSSES.map(|n| format!("loss{n}")).into_iter();
         let kinds = kinds.chain([format!("far{}", LOSSES[0])]);
         let columns: Vec<String> = kinds

@@ -4,8 +4,8 @@ use std::net::UdpSocket;
 use std::os::fd::AsFd as _;
 use std::process::Command;
 
-use rvpn_lab::topology::FAR4;
-use rvpn_lab::{Lab, Ns, raw};
+use rvpn_lab::raw::{self, Feature};
+use rvpn_lab::{Lab, Ns};
 
 use crate::Way;
 use crate::args::Plan;
@@ -22,108 +22,123 @@ pub(crate) const STREAMS: usize = 4;
 /// How many of a thousand packets are lost, each way.
 pub(crate) const LOSSES: [u32; 2] = [10, 30];
 
-/// What is wrong with a road.
-enum Wrong<'a> {
-    Loss,
-    /// With the far side's port of the wire.
-    Far(&'a Ns, String),
-    Narrow,
-}
-
 /// A road's condition, until it is dropped.
 struct Condition<'a> {
-    ends: Vec<&'a Ns>,
-    wrong: Wrong<'a>,
+    /// Where it was made, and what ends it there.
+    undo: Vec<(&'a Ns, Undo)>,
+}
+
+/// What ends a condition.
+enum Undo {
+    Command(&'static [&'static str]),
+    Feature(String, Feature, bool),
 }
 
 impl<'a> Condition<'a> {
     /// Nobody at these ends sends more.
     fn narrow(ends: Vec<&'a Ns>) -> Condition<'a> {
-        for ns in &ends {
+        let mut it = Condition { undo: Vec::new() };
+        for ns in ends {
             // A long queue, so that it is the sender's to keep it short.
             let words = "qdisc add dev wan0 root tbf rate 100mbit burst 64k limit 4000000";
             ns.sh("tc", &words.split(' ').collect::<Vec<_>>());
+            it.undo.push((
+                ns,
+                Undo::Command(&["tc", "qdisc", "del", "dev", "wan0", "root"]),
+            ));
         }
-        let wrong = Wrong::Narrow;
-        Condition { ends, wrong }
+        it
     }
 
-    /// The client and the gateways do not hear all of each other.
-    fn loss(client: &'a Ns, address: &str, gateways: [&'a Ns; 2], n: u32) -> Condition<'a> {
-        deaf(client, &format!("ip daddr {address}"), n);
-        cut(client, "wan0", true);
-        for gateway in gateways {
-            deaf(gateway, &format!("ip saddr {address}"), n);
-            cut(gateway, "wan0", true);
+    /// Between the client and the gateways some of a thousand packets are lost, each way.
+    fn loss(lab: &'a Lab, client: &'a Ns, n: u32) -> Condition<'a> {
+        let mut it = Condition { undo: Vec::new() };
+        for ns in [client, &lab.gw, &lab.nb] {
+            it.set(ns, "wan0", Feature::Checksums, false);
+            it.joins(lab, ns);
         }
-        let [one, other] = gateways;
-        Condition {
-            ends: vec![client, one, other],
-            wrong: Wrong::Loss,
-        }
+        let (wire, port) = lab.port(client);
+        it.lossy(
+            wire,
+            "bridge",
+            "forward",
+            &[("iifname", &port), ("oifname", &port)],
+            n,
+        );
+        it
     }
 
-    /// The gateways and the far side do not. The road before the gateways is as it
-    /// always is, so packets are cut at the far side's ends of the wire only.
+    /// Between the gateways and the far side. The road before the gateways is as it
+    /// always is, so packets are cut at the far side's ends of the wire only, and
+    /// what goes there is lost where it is cut already.
     fn far(lab: &'a Lab, n: u32) -> Condition<'a> {
-        let (far, gateways) = (&lab.up, [&lab.gw, &lab.nb]);
-        deaf(far, &format!("ip daddr {FAR4}"), n);
-        for gateway in gateways {
-            deaf(gateway, &format!("ip saddr {FAR4}"), n);
+        let mut it = Condition { undo: Vec::new() };
+        for ns in [&lab.gw, &lab.nb] {
+            it.joins(lab, ns);
         }
-        cut(far, "wan0", true);
-        let (wire, port) = lab.port(far);
-        cut(wire, &port, true);
-        checksums(wire, &port, false).expect("a device without offload");
-        Condition {
-            ends: vec![far, gateways[0], gateways[1]],
-            wrong: Wrong::Far(wire, port),
+        let (wire, port) = lab.port(&lab.up);
+        it.set(&lab.up, "wan0", Feature::Checksums, false);
+        it.set(wire, &port, Feature::Checksums, false);
+        it.lossy(wire, "bridge", "forward", &[("iifname", &port)], n);
+        it.lossy(&lab.up, "ip", "prerouting", &[("iifname", "wan0")], n);
+        it
+    }
+
+    /// Real devices cut what they send and join what they receive, and what is lost
+    /// between is a packet of the wire; those of the laboratory do neither by themselves.
+    fn set(&mut self, ns: &'a Ns, device: &str, which: Feature, on: bool) {
+        feature(ns, device, which, on).expect("a device that can be told");
+        self.undo
+            .push((ns, Undo::Feature(device.to_owned(), which, !on)));
+    }
+
+    /// The kernel joins only what a device receives from one that cuts.
+    fn joins(&mut self, lab: &'a Lab, ns: &'a Ns) {
+        let (wire, port) = lab.port(ns);
+        self.set(wire, &port, Feature::Checksums, false);
+        self.set(ns, "wan0", Feature::Joins, true);
+    }
+
+    fn lossy(&mut self, ns: &'a Ns, family: &str, hook: &str, which: &[(&str, &str)], n: u32) {
+        let mut rules = format!(
+            "add table {family} rough; \
+             add chain {family} rough in {{ type filter hook {hook} priority -300; }}"
+        );
+        for (word, device) in which {
+            rules += &format!(
+                "; add rule {family} rough in {word} \"{device}\" meta protocol ip \
+                 numgen random mod 1000 < {n} drop"
+            );
         }
+        ns.sh("nft", &[&rules]);
+        self.undo.push((
+            ns,
+            Undo::Command(match family {
+                "bridge" => &["nft", "delete", "table", "bridge", "rough"],
+                _ => &["nft", "delete", "table", "ip", "rough"],
+            }),
+        ));
     }
 }
 
-/// Whether a device cuts what it sends into packets of the wire: what is lost is
-/// one of those and not one of 64 KiB.
-fn cut(ns: &Ns, device: &str, on: bool) {
-    let most = if on { 1 } else { 65_535 };
-    ns.ip(&format!("link set {device} gso_max_segs {most}"));
-}
-
-/// Whether checksums are left to a device. A packet that came from a tunnel's is
-/// cut only where they are not.
-fn checksums(ns: &Ns, device: &str, on: bool) -> std::io::Result<()> {
+fn feature(ns: &Ns, device: &str, which: Feature, on: bool) -> std::io::Result<()> {
     let socket = ns.run(|| UdpSocket::bind("0.0.0.0:0"))?;
-    raw::offload_checksums(socket.as_fd(), device, on)
-}
-
-/// Of a thousand such packets from the wire a host does not hear so many.
-fn deaf(ns: &Ns, which: &str, n: u32) {
-    let rules = format!(
-        "add table ip rough; \
-         add chain ip rough in {{ type filter hook prerouting priority -300; }}; \
-         add rule ip rough in iifname \"wan0\" {which} numgen random mod 1000 < {n} drop"
-    );
-    ns.sh("nft", &[&rules]);
+    raw::feature(socket.as_fd(), device, which, on)
 }
 
 impl Drop for Condition<'_> {
     fn drop(&mut self) {
         // What is left of it would only spoil later figures, which show it.
-        for ns in &self.ends {
-            let words: &[&str] = match self.wrong {
-                Wrong::Narrow => &["tc", "qdisc", "del", "dev", "wan0", "root"],
-                Wrong::Loss | Wrong::Far(..) => {
-                    cut(ns, "wan0", false);
-                    &["nft", "delete", "table", "ip", "rough"]
+        for (ns, undo) in self.undo.drain(..).rev() {
+            match undo {
+                Undo::Command(words) => {
+                    let mut command = Command::new(words[0]);
+                    let _done = ns.output(command.args(&words[1..]));
                 }
-            };
-            let mut command = Command::new(words[0]);
-            let _done = ns.output(command.args(&words[1..]));
-        }
-        if let Wrong::Far(wire, port) = &self.wrong {
-            cut(wire, port, false);
-            // It was there before.
-            let _on = checksums(wire, port, true);
+                Undo::Feature(device, which, on) => {
+                    let _done = feature(ns, &device, which, on);
+                }
+            }
         }
     }
 }
@@ -144,7 +159,6 @@ pub(crate) fn roads(
     };
     let tls = (kind == Kind::RawTls).then_some(tls);
     let gateways = [&stage.lab.gw, &stage.lab.nb];
-    let near = format!("1.1.1.{}", road.number);
     let load = |way, streams| {
         let listener = road.listener(stage);
         let pairs = load::connect(road.client(), road.to, listener, streams)?;
@@ -156,7 +170,7 @@ pub(crate) fn roads(
             continue;
         }
         // Before anything connects: how much a socket sends at once is kept.
-        let _condition = Condition::loss(road.client(), &near, gateways, thousandth);
+        let _condition = Condition::loss(&stage.lab, road.client(), thousandth);
         let (open, _) = road.open()?;
         for way in Way::BOTH {
             let moved = load(way, STREAMS)?;
