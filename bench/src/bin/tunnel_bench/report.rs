@@ -126,7 +126,7 @@ impl Report<'_> {
             {
                 ""
             } else {
-                ", and that around them"
+                ", and that around them unless a tunnel chooses another by itself"
             }
         );
         *text += "| way | what | version |\n|---|---|---|\n";
@@ -320,11 +320,12 @@ impl Report<'_> {
         let span = lossy::span(self.plan);
         let _ = write!(
             text,
-            "\n## A long road that loses packets\n\nMbit/s of {} TCP streams, counted for {} ms, where a round trip is {} ms longer and each packet of the wire is lost with {} %, in both directions: between client and gateway (`before`), on the piece of wire behind the long one, or between gateway and far side (`behind`). Both are cut and joined as above. Before the gateway it is a tunnel's own connection that loses packets and sends them again, and what the streams inside see is only that they come later; that of `rvpn` uses bbr on such a road, if the system has it.\n\n",
+            "\n## A long road that loses packets\n\nMbit/s of {} TCP streams, counted for {} ms, where a round trip is {} ms longer and each packet of the wire is lost with {} %, in both directions: between client and gateway (`before`), on the piece of wire behind the long one, or between gateway and far side (`behind`). Super-packets are cut and joined there as on the roads that lose packets only. Before the gateway it is a tunnel's own connection that loses packets and sends them again, and what the streams inside see is only that they come later. That of `rvpn` uses bbr on a long road where the system allows it, as this one {}; with cubic one connection has no more than one of the streams has without a tunnel.\n\n",
             lossy::STREAMS,
             span.count.as_millis(),
             lossy::TRIP.as_millis(),
             lossy::LOSS / 10,
+            if self.machine.bbr { "does" } else { "does not" },
         );
         let all = Hop::BOTH
             .into_iter()
