@@ -1,4 +1,5 @@
-//! Asking others by HTTPS: authorities that issue certificates.
+//! Asking others by HTTPS: authorities that issue certificates, and issuers of
+//! tokens for their keys.
 //!
 //! One connection for each question, no redirects, and whom to believe is
 //! always said by the configuration.

@@ -36,12 +36,13 @@ pub use self::stats::{Stats, Tally};
 pub use self::stride::Stride;
 
 use self::codel::Verdict;
+use self::flow::Owners;
 use self::store::{LONG, LONG_BLOCKS, NONE, Store, Waiting, blocks};
 use self::turn::{Flow, List, Place};
 use crate::gso::size_of;
 use crate::record::{MAX_PACKET, MESSAGE_LIMIT, Offload};
 
-/// Buckets of a queue. Two flows share one now and then, for one key.
+/// Buckets of a queue, more than there are flows with something waiting, nearly always.
 pub const BUCKETS: usize = 256;
 /// The least limit: one packet on its way out, one on its way in.
 pub const MIN_LIMIT: usize = 2 * LONG_BLOCKS as usize * store::BLOCK;
@@ -141,6 +142,7 @@ pub struct Queue {
     store: Store,
     /// Empty while nothing has waited since the last [`Queue::relax`].
     flows: Vec<Flow>,
+    owners: Owners,
     fresh: List,
     aged: List,
     /// Chosen, but not taken yet, and its flow.
@@ -164,6 +166,7 @@ impl Queue {
             key,
             store: Store::new(settings.limit),
             flows: Vec::new(),
+            owners: Owners::default(),
             fresh: List::default(),
             aged: List::default(),
             next: None,
@@ -176,7 +179,7 @@ impl Queue {
         if !self.make_room(packet.len(), meta) {
             return false;
         }
-        let bucket = flow::bucket(self.key, packet);
+        let flow = flow::hash(self.key, packet);
         let slot = if packet.len() < LONG {
             self.store.put(packet, meta, now)
         } else {
@@ -184,7 +187,7 @@ impl Queue {
             buffer.packet()[..packet.len()].copy_from_slice(packet);
             self.store.put_long(buffer, packet.len() as u16, meta, now)
         };
-        self.append(bucket, slot, meta);
+        self.append(flow, slot, meta);
         true
     }
 
@@ -197,10 +200,10 @@ impl Queue {
         if !self.make_room(len, meta) {
             return false;
         }
-        let bucket = flow::bucket(self.key, &buffer.packet()[..len]);
+        let flow = flow::hash(self.key, &buffer.packet()[..len]);
         let buffer = std::mem::replace(buffer, self.store.spare());
         let slot = self.store.put_long(buffer, len as u16, meta, now);
-        self.append(bucket, slot, meta);
+        self.append(flow, slot, meta);
         true
     }
 
@@ -214,14 +217,21 @@ impl Queue {
             self.stats.refused.add(meta.weight(len));
         } else if self.flows.is_empty() {
             self.flows.resize_with(BUCKETS, Flow::default);
+            self.owners = Owners::new();
         }
         fits
     }
 
     /// Puts a packet at the end of its flow.
-    fn append(&mut self, bucket: u8, slot: u32, meta: Meta) {
+    fn append(&mut self, hash: u64, slot: u32, meta: Meta) {
         let len = usize::from(self.store.waiting(slot).len);
-        let flow = &mut self.flows[usize::from(bucket)];
+        let flows = &self.flows;
+        let idle = |index: u16| flows[usize::from(index)].place == Place::Nowhere;
+        let (index, new) = self.owners.bucket(hash, idle);
+        let flow = &mut self.flows[usize::from(index)];
+        if new {
+            *flow = Flow::default();
+        }
         if flow.head == NONE {
             flow.head = slot;
         } else {
@@ -233,7 +243,7 @@ impl Queue {
         if flow.place == Place::Nowhere {
             flow.place = Place::Fresh;
             flow.deficit = self.quantum.into();
-            self.fresh.push(&mut self.flows, bucket.into());
+            self.fresh.push(&mut self.flows, index);
         }
         self.stats.accepted.add(meta.weight(len));
         self.stats.queued.add(meta.weight(len));
@@ -368,7 +378,7 @@ impl Queue {
     /// silent; a busy one would only take it again.
     pub fn relax(&mut self) {
         if self.is_empty() {
-            self.flows = Vec::new();
+            (self.flows, self.owners) = (Vec::new(), Owners::default());
             (self.fresh, self.aged) = (List::default(), List::default());
             self.store.relax();
         }

@@ -2,19 +2,64 @@
 //!
 //! Only a hash is wanted, so nothing is refused here: bytes that are no packet
 //! share a bucket and are somebody else's business.
+//!
+//! One bucket for each hash would let two of a few flows meet soon, and a thin
+//! one would wait behind bulk and be dropped with it for as long as both live.
+//! So buckets lie in sets: a flow may have any of its set, and two share one
+//! only while all of it are taken.
 
 use super::BUCKETS;
+
+/// Buckets of a set.
+const WAYS: usize = 8;
+const SETS: usize = BUCKETS / WAYS;
+
+/// Whose the buckets are, by a part of the hash that the set does not tell.
+/// Zero is nobody's.
+#[derive(Debug, Default)]
+pub(super) struct Owners {
+    sets: Vec<[u32; WAYS]>,
+}
+
+impl Owners {
+    pub(super) fn new() -> Owners {
+        Owners {
+            sets: vec![[0; WAYS]; SETS],
+        }
+    }
+
+    /// The bucket of the flow with this hash, and whether it has just become
+    /// that; `idle` says whether a bucket can be given to another flow.
+    ///
+    /// What shares a bucket gets one of its own as soon as one is idle. Its
+    /// packets may come out of order then, once.
+    pub(super) fn bucket(&mut self, hash: u64, idle: impl Fn(u16) -> bool) -> (u16, bool) {
+        let set = hash as usize % SETS;
+        let tag = (hash >> 32) as u32 | 1;
+        let first = (set * WAYS) as u16;
+        let tags = &mut self.sets[set];
+        if let Some(way) = tags.iter().position(|other| *other == tag) {
+            return (first + way as u16, false);
+        }
+        let mut ways = first..first + WAYS as u16;
+        match ways.find(|bucket| idle(*bucket)) {
+            Some(bucket) => {
+                tags[usize::from(bucket - first)] = tag;
+                (bucket, true)
+            }
+            None => (first + (hash >> 8) as u16 % WAYS as u16, false),
+        }
+    }
+}
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// The bucket of a packet's flow: addresses, protocol and, for TCP and UDP,
+/// A hash of a packet's flow: addresses, protocol and, for TCP and UDP,
 /// ports. Fragments go without ports, since only the first of them has any and
 /// they must not overtake each other.
-pub(super) fn bucket(key: [u64; 2], packet: &[u8]) -> u8 {
-    const { assert!(BUCKETS == 1 << u8::BITS) };
-    let [low, ..] = siphash(key, words(packet)).to_le_bytes();
-    low
+pub(super) fn hash(key: [u64; 2], packet: &[u8]) -> u64 {
+    siphash(key, words(packet))
 }
 
 fn words(packet: &[u8]) -> [u64; 5] {
@@ -157,25 +202,55 @@ mod tests {
     #[test]
     fn buckets_are_used_evenly() {
         let mut counts = [0_u32; BUCKETS];
+        let mut owners = Owners::new();
         for port in 0..=u16::MAX {
-            counts[usize::from(bucket(KEY, &v4(TCP, 0, 1, port)))] += 1;
+            // As if all of them were taken.
+            let (bucket, _) = owners.bucket(hash(KEY, &v4(TCP, 0, 1, port)), |_| false);
+            counts[usize::from(bucket)] += 1;
         }
         // 256 on average; six standard deviations either way.
         assert!(counts.iter().all(|n| (160..=352).contains(n)), "{counts:?}");
-        let other_key = bucket([3, 4], &v4(TCP, 0, 1, 80));
-        let others = (0..100).filter(|n| bucket([*n, 0], &v4(TCP, 0, 1, 80)) != other_key);
-        assert!(others.count() > 90);
+        let other_key = hash([3, 4], &v4(TCP, 0, 1, 80));
+        let others = (0..100).filter(|n| hash([*n, 0], &v4(TCP, 0, 1, 80)) != other_key);
+        assert_eq!(others.count(), 100);
     }
 
     #[test]
-    fn what_is_no_packet_has_a_bucket_too() {
+    fn flows_share_a_bucket_only_where_their_set_is_full() {
+        let of_set = |n: u64| hash(KEY, &v4(TCP, 0, 1, 80)) & 0xffff_ffff | n << 33;
+        let mut owners = Owners::new();
+        let mut taken = Vec::new();
+        for n in 1..=WAYS as u64 {
+            let idle = |bucket| !taken.contains(&bucket);
+            let (bucket, new) = owners.bucket(of_set(n), idle);
+            assert!(new && !taken.contains(&bucket), "{n}: {bucket}");
+            taken.push(bucket);
+        }
+        let (shared, new) = owners.bucket(of_set(20), |_| false);
+        assert!(!new && taken.contains(&shared));
+        for n in 1..=WAYS as u64 {
+            let again = owners.bucket(of_set(n), |_| true);
+            assert_eq!(again, (taken[n as usize - 1], false), "it stays there");
+        }
+        let idle = taken[3];
+        let moved = owners.bucket(of_set(20), |bucket| bucket == idle);
+        assert_eq!(moved, (idle, true));
+        let (other, new) = owners.bucket(of_set(4), |_| false);
+        assert!(
+            !new && taken.contains(&other),
+            "its bucket is another's now"
+        );
+    }
+
+    #[test]
+    fn what_is_no_packet_has_a_hash_too() {
         for first in 0..=u8::MAX {
             for len in 0..=44 {
                 let mut bytes = vec![0xff; len];
                 if let Some(byte) = bytes.first_mut() {
                     *byte = first;
                 }
-                bucket(KEY, &bytes);
+                hash(KEY, &bytes);
             }
         }
     }
