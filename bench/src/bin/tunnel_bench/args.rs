@@ -16,9 +16,9 @@ usage: tunnel_bench [--quick] [--rounds N] [--seconds S] [--peers NAME,...|none]
   --peers     openvpn, ocserv, wireguard-go, boringtun, stunnel (all that are installed)
   --ways      only these, as the tables call them, with - for a space
   --parts     tcp (with round trips), udp, rough (loss, a narrow road), delay (a long
-              road), many (busy clients at once), cores (four busy clients on one core
-              of the gateway and on all), devices (10 and 10,000 of them), or all;
-              tcp,udp unless told otherwise
+              road), lossy (loss on a long road), many (busy clients at once), cores (four
+              busy clients on one core of the gateway and on all), devices (10 and 10,000
+              of them), or all; tcp,udp unless told otherwise
   --idle      connected clients for the figures of idle ones (1000)
   --limit     ends the rounds after so many seconds (3600)";
 
@@ -43,6 +43,8 @@ pub(crate) struct Plan {
     pub(crate) rough: bool,
     /// On roads that are long.
     pub(crate) delay: bool,
+    /// On a long one that loses packets.
+    pub(crate) lossy: bool,
     /// Several clients of ours at once.
     pub(crate) many: bool,
     /// Those on one core of the gateway, and on all.
@@ -55,7 +57,9 @@ pub(crate) struct Plan {
     pub(crate) markdown: Option<PathBuf>,
 }
 
-const PARTS: [&str; 7] = ["tcp", "udp", "rough", "delay", "many", "cores", "devices"];
+const PARTS: [&str; 8] = [
+    "tcp", "udp", "rough", "delay", "lossy", "many", "cores", "devices",
+];
 const PEERS: [&str; 5] = ["openvpn", "ocserv", "wireguard-go", "boringtun", "stunnel"];
 
 impl Plan {
@@ -75,6 +79,7 @@ impl Plan {
             udp: true,
             rough: false,
             delay: false,
+            lossy: false,
             many: false,
             cores: false,
             devices: false,
@@ -109,6 +114,7 @@ impl Plan {
                     plan.udp = parts.contains(&"udp");
                     plan.rough = parts.contains(&"rough");
                     plan.delay = parts.contains(&"delay");
+                    plan.lossy = parts.contains(&"lossy");
                     plan.many = parts.contains(&"many");
                     plan.cores = parts.contains(&"cores");
                     plan.devices = parts.contains(&"devices");

@@ -13,6 +13,8 @@ pub(crate) struct Machine {
     pub(crate) kernel: String,
     pub(crate) system: String,
     pub(crate) load: f64,
+    /// Whether programs may use that congestion control.
+    pub(crate) bbr: bool,
 }
 
 impl Machine {
@@ -37,6 +39,9 @@ impl Machine {
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             system: value("/etc/os-release", "PRETTY_NAME", '='),
             load: load(),
+            bbr: read("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+                .split_whitespace()
+                .any(|name| name == "bbr"),
         }
     }
 
@@ -48,6 +53,7 @@ impl Machine {
             "kernel": self.kernel,
             "system": self.system,
             "load": self.load,
+            "bbr": self.bbr,
         })
     }
 }

@@ -5,12 +5,15 @@
 //! happens in network namespaces of its own, which end with it.
 
 mod args;
+mod condition;
 mod cpu;
 mod crowd;
 mod device;
 mod flood;
+mod hill;
 mod idle;
 mod load;
+mod lossy;
 mod machine;
 mod measure;
 mod naive;

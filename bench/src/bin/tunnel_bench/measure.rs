@@ -6,13 +6,15 @@ use std::time::{Duration, Instant};
 
 use crate::args::Plan;
 use crate::crowd::Crowd;
+use crate::hill::Hill;
 use crate::load;
+use crate::lossy;
 use crate::results::Results;
 use crate::road::{ALL, Kind, Road};
 use crate::rough;
 use crate::rtt::{self, Trips};
 use crate::schedule::{self, Part};
-use crate::slow::{self, Hill};
+use crate::slow;
 use crate::stage::{FAR, Stage, UDP};
 use crate::tls::Tls;
 use crate::{Way, udp};
@@ -82,7 +84,7 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
         }
     }
     let mut hill = None;
-    if plan.delay {
+    if plan.delay || plan.lossy {
         match guarded(|| Ok(Hill::new(&stage))) {
             Ok(made) => hill = Some(made),
             Err(e) => note(&mut results, OURS, "no long roads", &e),
@@ -129,6 +131,13 @@ pub(crate) fn tunnels(plan: &Plan) -> Outcome<(Results, Vec<Kind>)> {
                 let f =
                     |results: &mut Results| slow::roads(&stage, hill, road, plan, round, results);
                 tried("on long roads", &f);
+            }
+            if due(Part::Lossy)
+                && let Some(hill) = &hill
+            {
+                let f =
+                    |results: &mut Results| lossy::roads(&stage, hill, road, plan, round, results);
+                tried("on long roads that lose packets", &f);
             }
             if begun.elapsed() > plan.limit {
                 results.notes.push(format!(

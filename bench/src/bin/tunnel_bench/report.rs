@@ -6,6 +6,7 @@ use crate::Way;
 use crate::args::Plan;
 use crate::crowd::MANY;
 use crate::idle::Cost;
+use crate::lossy::{self, Hop};
 use crate::machine::Machine;
 use crate::measure::{self, OURS, SIZES};
 use crate::results::{Middle, Results};
@@ -83,6 +84,7 @@ impl Report<'_> {
         }
         self.rough(&mut text);
         self.delay(&mut text);
+        self.lossy(&mut text);
         self.many(&mut text);
         self.sides(&mut text);
         self.quiet(&mut text);
@@ -124,7 +126,7 @@ impl Report<'_> {
             {
                 ""
             } else {
-                ", and that around them"
+                ", and that around them unless a tunnel chooses another by itself"
             }
         );
         *text += "| way | what | version |\n|---|---|---|\n";
@@ -197,6 +199,13 @@ impl Report<'_> {
         *text += "\n## CPU of the gateway's program, seconds per 10^9 bytes\n\nKernel work in its own calls included; what the kernel does in interrupts is in nobody's figure.\n\n";
         let cost = |kind, c: &str| self.results.middle(kind, &format!("cpu.{c}"));
         self.table(text, &streams(), cost, 2);
+        *text += "\n`rvpn` in terms of raw TLS with as many connections as it has streams, in the same round; the target is about one connection:\n\n";
+        let ratio = |kind, c: &str| {
+            let measure = format!("cpu.{c}");
+            let raw = (Kind::RawTls, &*measure);
+            (kind == OURS).then(|| self.results.ratio((kind, &measure), raw))?
+        };
+        self.table(text, &streams(), ratio, 2);
     }
 
     fn udp(&self, text: &mut String) {
@@ -302,6 +311,30 @@ impl Report<'_> {
         });
         let (columns, named): (Vec<_>, Vec<_>) = trips.unzip();
         self.named(text, &columns, &named, value, 1);
+    }
+
+    fn lossy(&self, text: &mut String) {
+        if !self.plan.lossy {
+            return;
+        }
+        let span = lossy::span(self.plan);
+        let _ = write!(
+            text,
+            "\n## A long road that loses packets\n\nMbit/s of {} TCP streams, counted for {} ms, where a round trip is {} ms longer and each packet of the wire is lost with {} %, in both directions: between client and gateway (`before`), on the piece of wire behind the long one, or between gateway and far side (`behind`). Super-packets are cut and joined there as on the roads that lose packets only. Before the gateway it is a tunnel's own connection that loses packets and sends them again, and what the streams inside see is only that they come later. That of `rvpn` uses bbr on a long road where the system allows it, as this one {}; with cubic one connection has no more than one of the streams has without a tunnel.\n\n",
+            lossy::STREAMS,
+            span.count.as_millis(),
+            lossy::TRIP.as_millis(),
+            lossy::LOSS / 10,
+            if self.machine.bbr { "does" } else { "does not" },
+        );
+        let all = Hop::BOTH
+            .into_iter()
+            .flat_map(|h| Way::BOTH.map(|w| (h, w)));
+        let columns =
+            all.map(|(hop, way)| (hop.key(way), format!("{} {}", hop.name(), way.name())));
+        let (columns, named): (Vec<_>, Vec<_>) = columns.unzip();
+        let rate = |kind, c: &str| self.results.middle(kind, c);
+        self.named(text, &columns, &named, rate, 0);
     }
 
     fn many(&self, text: &mut String) {

@@ -4,8 +4,9 @@
 use std::time::Duration;
 
 use crate::args::Plan;
+use crate::load::Span;
 use crate::road::Kind;
-use crate::{sides, slow};
+use crate::{lossy, sides, slow};
 
 /// Rounds of what is reported only.
 pub(crate) const REPORTED: u32 = 2;
@@ -20,15 +21,18 @@ pub(crate) enum Part {
     /// More loss, and loss beyond the gateway.
     Rougher,
     Delay,
+    /// Loss of one packet in a hundred on a long road, on either side of the gateways.
+    Lossy,
 }
 
 impl Part {
-    const ALL: [Part; 5] = [
+    const ALL: [Part; 6] = [
         Part::Tcp,
         Part::Udp,
         Part::Rough,
         Part::Rougher,
         Part::Delay,
+        Part::Lossy,
     ];
 
     /// Whether it is asked for at all.
@@ -38,6 +42,7 @@ impl Part {
             Part::Udp => plan.udp,
             Part::Rough | Part::Rougher => plan.rough,
             Part::Delay => plan.delay,
+            Part::Lossy => plan.lossy,
         }
     }
 
@@ -51,7 +56,9 @@ impl Part {
                 Kind::RawTls | Kind::Stunnel | Kind::BoringTun | Kind::Naive { .. }
             ),
             Part::Udp => kind.carries_packets(),
-            Part::Rougher => matches!(kind, Kind::Plain | Kind::Ours { offload: true }),
+            Part::Rougher | Part::Lossy => {
+                matches!(kind, Kind::Plain | Kind::Ours { offload: true })
+            }
             Part::Delay => slow::compared(kind),
         }
     }
@@ -60,7 +67,7 @@ impl Part {
     fn judged(self, kind: Kind) -> bool {
         match (self, kind) {
             (_, Kind::Ours { offload: true }) => self != Part::Delay,
-            (Part::Tcp | Part::Rough | Part::Rougher, Kind::Plain) => true,
+            (Part::Tcp | Part::Rough | Part::Rougher | Part::Lossy, Kind::Plain) => true,
             (Part::Tcp, kind) => matches!(
                 kind,
                 Kind::RawTls
@@ -96,6 +103,10 @@ impl Part {
                 let trip = Duration::from_millis(delay);
                 sum + plan.idle + connect * 2 + (one + trip * 30) * 4
             }),
+            Part::Lossy => {
+                let Span { warm, count } = lossy::span(plan);
+                ((warm + count + connect / 2) * 2 + connect) * 2
+            }
         }
     }
 }
@@ -160,6 +171,9 @@ mod tests {
         assert!(due(&plan, Part::Tcp, Kind::Stunnel, REPORTED - 1));
         assert!(!due(&plan, Part::Tcp, Kind::Stunnel, REPORTED));
         assert!(!due(&plan, Part::Delay, ours, REPORTED));
+        for kind in [ours, Kind::Plain] {
+            assert!(due(&plan, Part::Lossy, kind, 4), "the target compares them");
+        }
     }
 
     #[test]

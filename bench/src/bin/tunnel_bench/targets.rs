@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use crate::Way;
 use crate::idle::Cost;
+use crate::lossy::{self, Hop};
 use crate::measure::{OURS, SIZES};
 use crate::results::{Middle, Results};
 use crate::road::Kind;
@@ -89,13 +90,24 @@ fn many_streams(streams: usize) -> String {
 }
 
 fn cpu(rows: &mut Rows, results: &Results) {
-    for (other, most) in [(Kind::RawTls, 2.0), (SLOW[0], 0.1)] {
-        for way in Way::BOTH {
-            let measure = format!("cpu.{}.4", way.name());
-            let ratio = results.ratio((OURS, &measure), (other, &measure));
-            let what = format!("gateway CPU per GB, {}, of {}", way.name(), other.name());
-            rows.add(&what, Bound::Most(most), ratio, "x");
+    for way in Way::BOTH {
+        for streams in [1, 4] {
+            let measure = format!("cpu.{}.{streams}", way.name());
+            let one = format!("cpu.{}.1", way.name());
+            let ratio = results.ratio((OURS, &measure), (Kind::RawTls, &one));
+            let what = format!(
+                "gateway CPU per GB, {}, {}, of one raw TLS connection",
+                way.name(),
+                many_streams(streams)
+            );
+            rows.add(&what, Bound::Most(2.0), ratio, "x");
         }
+    }
+    for way in Way::BOTH {
+        let measure = format!("cpu.{}.4", way.name());
+        let ratio = results.ratio((OURS, &measure), (SLOW[0], &measure));
+        let what = format!("gateway CPU per GB, {}, of {}", way.name(), SLOW[0].name());
+        rows.add(&what, Bound::Most(0.1), ratio, "x");
     }
 }
 
@@ -169,6 +181,19 @@ fn loss(rows: &mut Rows, results: &Results) {
             let what = format!(
                 "TCP {} where 1 % is lost {place} the gateway, of the same without a tunnel",
                 way.name()
+            );
+            rows.add(&what, Bound::Least(1.0), ratio, "x");
+        }
+    }
+    for hop in Hop::BOTH {
+        for way in Way::BOTH {
+            let measure = hop.key(way);
+            let ratio = results.ratio((OURS, &measure), (Kind::Plain, &measure));
+            let what = format!(
+                "TCP {} where 1 % is lost {} the gateway on a road of {} ms, of the same without a tunnel",
+                way.name(),
+                hop.name(),
+                lossy::TRIP.as_millis()
             );
             rows.add(&what, Bound::Least(1.0), ratio, "x");
         }
