@@ -131,6 +131,16 @@ fn machine(report: &mut Report) {
             "switched off here; only IPv4 goes through the tunnel",
         ),
     }
+    match up::can_go_far() {
+        true => report.note("long roads", Mark::Good, "bbr can be used"),
+        false => report.note(
+            "long roads",
+            Mark::Weak,
+            "this user may not use bbr, and where packets are lost on a long road uploads \
+             are slow without: sudo modprobe tcp_bbr && sudo sysctl -w \
+             'net.ipv4.tcp_allowed_congestion_control=reno cubic bbr'",
+        ),
+    }
     match Journal::read() {
         Ok(Some(journal)) if !Path::new(&format!("/proc/{}", journal.pid)).exists() => report.note(
             "left behind",

@@ -23,6 +23,7 @@ mod rules;
 mod wire;
 
 pub(crate) use self::control::{down, status};
+pub(crate) use self::fd::can_go_far;
 pub(crate) use self::net::may_change;
 pub(crate) use self::rules::MARK;
 

@@ -7,11 +7,11 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket, sockopt};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -63,9 +63,19 @@ const LONG: Duration = Duration::from_millis(4);
 /// much to send. bbr measures anew. Where it is not allowed, nothing changes.
 fn go_far(socket: BorrowedFd<'_>) {
     if round_trip(socket).is_ok_and(|rtt| rtt >= LONG) {
-        let bbr = OsString::from("bbr");
-        let _not_allowed = setsockopt(&socket, sockopt::TcpCongestion, &bbr);
+        let _not_allowed = use_bbr(&socket);
     }
+}
+
+/// Whether long roads can have what they want here.
+pub fn can_go_far() -> bool {
+    let (family, kind) = (AddressFamily::Inet, SockType::Stream);
+    let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None);
+    socket.is_ok_and(|socket| use_bbr(&socket).is_ok())
+}
+
+fn use_bbr(socket: &impl AsFd) -> nix::Result<()> {
+    setsockopt(socket, sockopt::TcpCongestion, &OsString::from("bbr"))
 }
 
 /// The shortest round trip of a connection so far.

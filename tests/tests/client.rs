@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket, sockopt};
 use rvpn_lab::gateway::Gateway;
 use rvpn_lab::machine::{Machine, operator};
 use rvpn_lab::outside::Outside;
@@ -16,6 +17,13 @@ fn with(extra: &str) -> (Lab, Helper, Gateway) {
     let helper = Helper::serving(&lab, "");
     let gateway = Gateway::start(&lab, &helper, extra);
     (lab, helper, gateway)
+}
+
+/// As the client would, with the same rights.
+fn may_use_bbr() -> bool {
+    let (family, kind) = (AddressFamily::Inet, SockType::Stream);
+    let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
+    setsockopt(&socket, sockopt::TcpCongestion, &"bbr".into()).is_ok()
 }
 
 #[test]
@@ -237,6 +245,9 @@ fn the_doctor_finds_what_is_broken() {
     ] {
         assert_eq!(of(&all, what), "ok", "{what}: {good}");
     }
+    let bbr = phone.ns.run(may_use_bbr);
+    let expected = if bbr { "ok" } else { "weak" };
+    assert_eq!(of(&all, "long roads"), expected, "{good}");
     // What is behind the gateway does not answer.
     let said = phone.rvpn(&["doctor", "--json", "--host", "8.8.4.4"]);
     assert_eq!(said.code, 69);

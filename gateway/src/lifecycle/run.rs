@@ -25,6 +25,7 @@ use crate::api::{self, Desk};
 use crate::auth::{Gate, OpenError};
 use crate::config::{Config, Listener, Secret};
 use crate::cores::Cores;
+use crate::fd;
 use crate::heap::Heap;
 use crate::helper::{Helper, HelperConfig};
 use crate::http::Front;
@@ -287,6 +288,12 @@ fn greet(config: &Config, front: &Front) {
     let at: Vec<SocketAddr> = config.listeners.iter().map(|l| l.address).collect();
     if front.tls.self_signed() {
         info!(fingerprint = %front.tls.fingerprint(), "self-signed certificate; clients pin this SHA-256");
+    }
+    if !fd::can_go_far() {
+        info!(
+            "bbr is not allowed here: clients far away are slower, many times where packets \
+             are lost. README, \"Clients that are far away\", has the three lines that allow it"
+        );
     }
     info!(listeners = ?at, admin = %config.admin, "ready");
     tell(&[NotifyState::Ready, NotifyState::Status("serving")]);
