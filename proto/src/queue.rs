@@ -142,6 +142,7 @@ pub struct Queue {
     store: Store,
     /// Empty while nothing has waited since the last [`Queue::relax`].
     flows: Vec<Flow>,
+    /// Empty with them.
     owners: Owners,
     fresh: List,
     aged: List,

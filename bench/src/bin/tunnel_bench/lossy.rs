@@ -1,5 +1,5 @@
-//! Roads that lose packets and are long as well, as those that lose packets are: with
-//! no delay at all, what a tunnel adds by itself is all of a round trip.
+//! A road that loses packets and is long as well. Those of `rough` have no length at
+//! all, as no real one has.
 
 use std::time::Duration;
 
