@@ -7,15 +7,20 @@
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::thread::JoinHandle;
 
+use rvpn_acks::Writer;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
 use tracing::warn;
 
 /// Rates closer together than this count as equal when a core is chosen.
 const RATE_STEP: u64 = 1 << 20;
+
+/// Bytes a second from which on a core counts as busy when it is asked whether
+/// there are processors to spare.
+const BUSY: u64 = 64 << 20;
 
 /// After so many polls of sessions the kernel is asked what else is ready. A busy
 /// session is always ready for another turn; at tokio's interval of 61 a device
@@ -34,12 +39,22 @@ pub struct Load {
     bytes: AtomicU64,
     seen: AtomicU64,
     rate: AtomicU64,
+    /// Writes acknowledgements for those that have much to do.
+    acks: Option<Writer>,
+    /// The cores are so busy that it would take from one what it gives to another.
+    crowded: AtomicBool,
 }
 
 impl Load {
     /// Adds the bytes of one turn. Only the core's own thread calls this.
     pub fn add(&self, bytes: u64) {
         self.bytes.store(self.bytes.load(Relaxed) + bytes, Relaxed);
+    }
+
+    /// Who writes acknowledgements for a session of this core that has much to
+    /// do, if there is a processor for it.
+    pub fn acks(&self) -> Option<&Writer> {
+        self.acks.as_ref().filter(|_| !self.crowded.load(Relaxed))
     }
 }
 
@@ -104,9 +119,17 @@ impl Cores {
                     // An error means that the sender is gone, which is also a stop.
                     runtime.block_on(async { drop(stopped.wait_for(|s| *s).await) });
                 })?;
+            // Where there is but one processor, all work is beside all other.
+            let acks = match count {
+                0 | 1 => None,
+                _ => Some(Writer::start(&format!("rvpn-acks-{n}"))?),
+            };
             cores.cores.push(Core {
                 runtime: handle,
-                load: Arc::default(),
+                load: Arc::new(Load {
+                    acks,
+                    ..Load::default()
+                }),
                 thread: Some(thread),
             });
         }
@@ -153,6 +176,11 @@ impl Cores {
             let bytes = core.load.bytes.load(Relaxed);
             let before = core.load.seen.swap(bytes, Relaxed);
             core.load.rate.store(bytes.saturating_sub(before), Relaxed);
+        }
+        let busy = |core: &&Core| core.load.rate.load(Relaxed) >= BUSY;
+        let crowded = self.cores.iter().filter(busy).count() * 2 > self.cores.len();
+        for core in &self.cores {
+            core.load.crowded.store(crowded, Relaxed);
         }
     }
 
@@ -225,6 +253,23 @@ mod tests {
         cores.measure();
         drop(a);
         assert_eq!(cores.least_loaded().core(), CoreId(0));
+    }
+
+    #[test]
+    fn acknowledgements_are_written_elsewhere_while_half_of_the_cores_are_idle() {
+        let cores = Cores::start(4, false).unwrap();
+        let seats: Vec<_> = (0..4).map(|n| cores.seat(CoreId(n))).collect();
+        for (busy, beside) in [(1, true), (2, true), (3, false), (4, false), (2, true)] {
+            for seat in &seats[..busy] {
+                seat.load().add(BUSY);
+            }
+            cores.measure();
+            for seat in &seats {
+                assert_eq!(seat.load().acks().is_some(), beside, "{busy} busy");
+            }
+        }
+        let alone = Cores::start(1, false).unwrap();
+        assert!(alone.least_loaded().load().acks().is_none());
     }
 
     #[test]

@@ -192,6 +192,10 @@ impl Pump {
             Ok(header) => header.to_bytes(),
             Err(reason) => return side.drop(reason.into(), packets),
         };
+        // Counted when it is written.
+        if parsed.is_bare_ack() && tun.give(&virtio, head) {
+            return;
+        }
         let parts = [
             IoSlice::new(&virtio),
             IoSlice::new(head),

@@ -159,9 +159,14 @@ impl admit::Sessions for Sessions {
             {
                 debug!(%error, "cannot set a socket's options");
             }
-            let limit = match admission.kind {
-                Kind::Streams(_) => rvpn_proto::streams::MAX_RECEIVED,
-                _ => LIMIT,
+            let streams = matches!(admission.kind, Kind::Streams(_));
+            if !streams && let Ok(socket) = io.socket() {
+                fd::stay_near(socket);
+            }
+            let limit = if streams {
+                rvpn_proto::streams::MAX_RECEIVED
+            } else {
+                LIMIT
             };
             let socket = Socket::limited(io, read_ahead, limit).await;
             shared.begin(admission, socket, seat).await;

@@ -9,19 +9,29 @@ use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
 
+use rvpn_acks::{Lane, Writer};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::task::yield_now;
+
+use crate::meter::{DropReason, Side};
 
 /// Length of the virtio header before every packet.
 pub const VIRTIO_LEN: usize = 10;
 /// The largest packet with its header. A shorter read would cut it silently.
 pub const MAX_READ: usize = VIRTIO_LEN + 65_535;
 
+/// Longer than what is under way takes on any machine that still works.
+const UNDER_WAY: Duration = Duration::from_secs(1);
+
 /// A TUN, or in tests one end of a socket pair that stands for it.
 #[derive(Debug)]
 pub struct Tun {
     fd: Arc<AsyncFd<File>>,
+    /// For acknowledgements, while there is much to do.
+    lane: Option<Lane>,
 }
 
 /// Why a packet did not get into the device.
@@ -39,7 +49,51 @@ impl Tun {
     /// Takes the descriptor. Must run on the runtime that will use it.
     pub fn adopt(fd: OwnedFd) -> io::Result<Tun> {
         let fd = crate::fd::watch(fd, Interest::READABLE | Interest::ERROR)?;
-        Ok(Tun { fd: Arc::new(fd) })
+        Ok(Tun {
+            fd: Arc::new(fd),
+            lane: None,
+        })
+    }
+
+    /// Has acknowledgements written by another thread from now on, if it can.
+    pub fn open_lane(&mut self, writer: &Writer) {
+        if self.lane.is_none() {
+            let device = self.fd.get_ref().try_clone();
+            self.lane = device.ok().map(|device| writer.lane(device));
+        }
+    }
+
+    /// Ends that if nothing is under way.
+    pub fn close_lane(&mut self, side: &mut Side) {
+        if self.lane.as_ref().is_some_and(Lane::is_idle) {
+            self.count_lane(side);
+            self.lane = None;
+        }
+    }
+
+    /// Brings into the totals what the other thread has done.
+    pub fn count_lane(&mut self, side: &mut Side) {
+        if let Some(lane) = &mut self.lane {
+            let written = lane.written();
+            side.pass(written.packets, written.bytes);
+            side.drop(DropReason::Kernel, written.refused);
+            side.drop(DropReason::Down, written.down);
+        }
+    }
+
+    /// Waits for what is under way, so that the descriptor is nobody else's.
+    pub async fn finish_lane(&mut self, side: &mut Side) {
+        let begun = Instant::now();
+        while self.lane.is_some() && begun.elapsed() < UNDER_WAY {
+            self.close_lane(side);
+            yield_now().await;
+        }
+    }
+
+    /// Gives an acknowledgement to the other thread, if it is there and has room.
+    pub fn give(&self, virtio: &[u8], packet: &[u8]) -> bool {
+        let lane = self.lane.as_ref();
+        lane.is_some_and(|lane| lane.give(virtio, packet))
     }
 
     /// Gives the descriptor back, for a session that continues on another

@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 
+use rvpn_acks::Writer;
 use rvpn_gateway::meter::Totals;
 use rvpn_gateway::pump::{Agreed, Identity, Out, Pump};
 use rvpn_gateway::tun::{MAX_READ, Tun, VIRTIO_LEN};
@@ -194,6 +195,62 @@ async fn packets_to_the_device_take_no_memory() {
         assert_eq!(totals.outbound.packets, 101 * 48);
         assert_eq!(taken, 0, "offload: {offload}");
     }
+}
+
+/// And acknowledgements none when another thread writes them; what it has written
+/// is counted, and what it could not.
+#[tokio::test]
+async fn acknowledgements_given_away_take_no_memory_and_are_counted() {
+    const EACH: u32 = 16;
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    let mut tun = Tun::adopt(OwnedFd::from(ours)).unwrap();
+    tun.open_lane(&Writer::start("acks").unwrap());
+    let mut pump = pump(true);
+    let mut totals = Totals::default();
+    let from = INNER.0.to_string();
+    let acks: Vec<_> = (0..EACH)
+        .map(|n| packet::tcp((&from, 1000), ("1.1.1.1", 80), ".", 1, n, b""))
+        .collect();
+    let mut scratch = vec![0; MAX_READ];
+    let mut got = vec![0; MAX_READ];
+    let mut round = |pump: &mut Pump, tun: &mut Tun, totals: &mut Totals| {
+        for ack in &acks {
+            let mut out = Out {
+                tun,
+                totals,
+                scratch: &mut scratch,
+                stride: &mut Stride::default(),
+                now: Instant::now(),
+            };
+            pump.outbound(ack, Offload::NONE, &mut out);
+        }
+        for n in 0..EACH {
+            let length = theirs.recv(&mut got).unwrap();
+            let header = packet::tcp_header(&got[VIRTIO_LEN..length]).unwrap();
+            assert_eq!(header[8..12], n.to_be_bytes());
+        }
+        tun.count_lane(&mut totals.outbound);
+    };
+    let taken = taken_by(|| {
+        for _ in 0..100 {
+            round(&mut pump, &mut tun, &mut totals);
+        }
+    });
+    assert_eq!(taken, 0);
+    tun.finish_lane(&mut totals.outbound).await;
+    let all = u64::from(100 * EACH);
+    assert_eq!(totals.outbound.packets, all);
+    assert_eq!(totals.outbound.payload, all * acks[0].len() as u64);
+    assert_eq!(totals.drops(), 0);
+    // Now nobody else has the descriptor.
+    assert!(!tun.give(&[0; VIRTIO_LEN], &acks[0]));
+
+    tun.open_lane(&Writer::start("acks").unwrap());
+    drop(theirs);
+    assert!(tun.give(&[0; VIRTIO_LEN], &acks[0]));
+    tun.finish_lane(&mut totals.outbound).await;
+    assert_eq!((totals.outbound.packets, totals.drops()), (all, 1));
+    assert!(tun.into_fd().is_some());
 }
 
 #[test]

@@ -291,6 +291,13 @@ impl Parsed {
         self.l4() == plain && self.is_whole()
     }
 
+    /// Whether it only acknowledges: TCP without data that begins and ends nothing.
+    #[must_use]
+    pub fn is_bare_ack(&self) -> bool {
+        let acks = matches!(self.transport, Transport::Tcp { flags, .. } if flags == tcp_flag::ACK);
+        acks && self.payload_len() == 0 && self.is_plain()
+    }
+
     /// Where the checksum of a TCP or UDP header lies.
     pub(crate) fn sum_at(&self) -> Option<usize> {
         match self.transport {

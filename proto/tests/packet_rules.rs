@@ -268,6 +268,23 @@ fn spf_20_protocols_that_are_not_carried() {
 }
 
 #[test]
+fn a_bare_acknowledgement_carries_begins_and_ends_nothing() {
+    for family in FAMILIES {
+        for flags in 0..=255_u8 {
+            for payload in [&b""[..], b"x"] {
+                let packet = tcp((family.inner, 1), (family.far, 2), flags, 1, payload);
+                if let Ok(parsed) = outbound(&packet) {
+                    let bare = flags == ACK && payload.is_empty();
+                    assert_eq!(parsed.is_bare_ack(), bare, "{flags:#04x} {payload:?}");
+                }
+            }
+        }
+        let datagram = outbound(&udp((family.inner, 1), (family.far, 2), b"")).unwrap();
+        assert!(!datagram.is_bare_ack());
+    }
+}
+
+#[test]
 fn spf_21_flags_that_no_connection_produces() {
     let (fin, syn, rst, psh, urg) = (0x01, 0x02, 0x04, 0x08, 0x20);
     let fine = [

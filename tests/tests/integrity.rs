@@ -1,5 +1,6 @@
 //! What comes out of the tunnel is what went in.
 
+use std::fs;
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -12,9 +13,10 @@ use rvpn_lab::read_back::{bad_sums, ip_json};
 use rvpn_lab::scene::{PORT, Scene, drops, number};
 use rvpn_lab::topology::{UP4, UP6, at};
 use rvpn_lab::tunnel_client::{Event, Session, Speech, on};
-use rvpn_lab::{Gateway, Helper, Lab, Ns, PATIENCE, packet, sums};
+use rvpn_lab::{Gateway, Helper, Lab, Ns, PATIENCE, packet, sums, wait_until};
 use rvpn_proto::packet::grammar::Rng;
 use rvpn_proto::record::Offload;
+use serde_json::Value;
 use tokio::time::timeout;
 
 /// So many of the largest fit into a socket's buffer.
@@ -259,6 +261,68 @@ fn int_13_files_and_datagrams_are_whole_and_their_sums_right_with_both_mtus() {
     for ns in [&phone.ns, &lab.up, &lab.gw] {
         assert_eq!(bad_sums(ns), 0, "{}", ns.name);
     }
+}
+
+/// The threads of a process by name, with the ticks of time each has used.
+fn threads(pid: u32) -> Vec<(String, u64)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("its threads");
+    let ticks = |stat: String| {
+        let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
+        let used = rest.split(' ').skip(11).take(2);
+        Some((
+            name.to_owned(),
+            used.filter_map(|n| n.parse::<u64>().ok()).sum(),
+        ))
+    };
+    tasks
+        .filter_map(|task| ticks(fs::read_to_string(task.ok()?.path().join("stat")).ok()?))
+        .collect()
+}
+
+/// Acknowledgements that another thread writes are counted like all else, at both ends.
+#[test]
+fn both_ends_count_alike_while_acknowledgements_go_aside() {
+    const BYTES: u64 = 64 << 20;
+    const MOST: usize = 40;
+    let lab = Lab::new();
+    let helper = Helper::serving(&lab, "");
+    let gateway = Gateway::start(&lab, &helper, "[session]\ncores = 2\n");
+    let phone = Machine::joined(&lab, &gateway, "phone", 10);
+    let up = phone.up(&["--no-dns", "--interface", "tun9"]);
+    let used = |pid| {
+        let all = threads(pid);
+        let acks = all.iter().filter(|(name, _)| name.starts_with("rvpn-acks"));
+        acks.map(|(_, ticks)| ticks).sum::<u64>()
+    };
+    // A thread that is given little may not have used a tick yet.
+    for n in 0.. {
+        for way in [Way::Upload, Way::Download] {
+            start(&phone.ns, &lab.up, UP4, 9000, way, BYTES).whole(BYTES);
+        }
+        if used(up.half()) > 0 && used(gateway.pid()) > 0 {
+            break;
+        }
+        assert!(
+            n < MOST,
+            "{:?} {:?}",
+            threads(up.half()),
+            threads(gateway.pid())
+        );
+    }
+    let (mut here, mut there) = (Value::Null, Value::Null);
+    wait_until("both ends count alike", || {
+        (here, there) = (phone.status(), gateway.sessions().remove(0));
+        ["outbound", "inbound"].iter().all(|way| {
+            ["packets", "payload"]
+                .iter()
+                .all(|what| here[way][what] == there[way][what])
+        })
+    });
+    for way in ["outbound", "inbound"] {
+        assert!(number(&here[way]["payload"]) > BYTES, "{here}");
+        assert_eq!(here[way]["dropped"], 0, "{here}");
+    }
+    up.down();
 }
 
 /// What a tap has seen.

@@ -55,6 +55,15 @@ pub(crate) fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// A round trip up to which a road counts as short. What its two ends hold of it
+/// is more than what is on the way.
+const SHORT: Duration = Duration::from_micros(250);
+
+/// What may then wait unread at this end, in bytes. The kernel doubles it, as it
+/// counts what surrounds them. More would wait there, first come, first served,
+/// and not in the queue of the other end.
+const UNREAD: usize = 512 * 1024;
+
 /// A round trip from which on a road counts as long. On shorter ones the system's
 /// own congestion control is as good or better.
 const LONG: Duration = Duration::from_millis(4);
@@ -66,6 +75,14 @@ const LONG: Duration = Duration::from_millis(4);
 pub(crate) fn go_far(socket: BorrowedFd<'_>) {
     if round_trip(socket).is_ok_and(|rtt| rtt >= LONG) {
         let _not_allowed = use_bbr(&socket);
+    }
+}
+
+/// Keeps what waits on a short road from waiting at this end of it.
+pub(crate) fn stay_near(socket: BorrowedFd<'_>) {
+    if round_trip(socket).is_ok_and(|rtt| rtt <= SHORT) {
+        // Without it there is only more delay.
+        let _refused = setsockopt(&socket, sockopt::RcvBuf, &UNREAD);
     }
 }
 

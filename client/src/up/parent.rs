@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::control::{self, Asked, Question};
 use super::dial::dial;
-use super::fd::go_far;
+use super::fd::{go_far, stay_near};
 use super::half::{Half, Signals};
 use super::journal::Journal;
 use super::mend::Mender;
@@ -354,6 +354,7 @@ impl Parent {
         if let Some(connection) = self.dialled.take() {
             // The other half may not choose what is not allowed to everybody.
             go_far(connection.as_fd());
+            stay_near(connection.as_fd());
         }
         let judged = plan::judge(&self.args, &mut self.plan, welcome, &self.local);
         if let Err(failure) = judged {

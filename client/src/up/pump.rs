@@ -173,10 +173,12 @@ impl<'a> Session<'a> {
             }
             if turn == TURNS {
                 cx.waker().wake_by_ref();
+                carrier.device.open_lane();
                 break;
             }
             now = Instant::now();
         }
+        carrier.device.count_lane(&mut carrier.inbound);
         self.watch(cx, now)
     }
 

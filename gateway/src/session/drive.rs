@@ -102,6 +102,8 @@ pub struct Drive<T, C> {
     begun: Instant,
     control: Bucket,
     drops_seen: u64,
+    /// The last turn ended before all was done.
+    unfinished: bool,
 }
 
 impl<T: Transport, C: Carriage> Drive<T, C> {
@@ -144,6 +146,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
             begun: now,
             control: Bucket::full(now),
             drops_seen: 0,
+            unfinished: false,
         };
         let next = drive.next_alarm(now);
         drive.set_alarm(next);
@@ -161,6 +164,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
             let counted = self.totals;
             let end = SCRATCH.with_borrow_mut(|scratch| self.turn(cx, scratch));
             self.carriage.tally(&mut self.totals);
+            self.share(load);
             self.publish();
             load.add(
                 self.totals.outbound.payload - counted.outbound.payload
@@ -212,12 +216,25 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
                 // Not done, but others have waited long enough.
                 Ok(true) => {
                     cx.waker().wake_by_ref();
+                    self.unfinished = true;
                     break;
                 }
                 Ok(false) => break,
             }
         }
         self.watch(cx, last)
+    }
+
+    /// Has a part of the work done by another thread while there is too much of it.
+    fn share(&mut self, load: &Load) {
+        let side = &mut self.totals.outbound;
+        match load.acks() {
+            Some(writer) if self.unfinished => self.tun.open_lane(writer),
+            Some(_) => {}
+            None => self.tun.close_lane(side),
+        }
+        self.unfinished = false;
+        self.tun.count_lane(side);
     }
 
     /// Client to device.
@@ -434,6 +451,7 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
                 cx.waker().wake_by_ref();
             }
             self.carriage.relax();
+            self.tun.close_lane(&mut self.totals.outbound);
             let next = self.next_alarm(now);
             self.set_alarm(next);
         }

@@ -5,8 +5,10 @@ use std::io::{self, IoSlice, Read as _, Write as _};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::task::{Context, Poll, ready};
+use std::thread::available_parallelism;
 use std::time::Duration;
 
+use rvpn_acks::{Lane, Writer};
 use rvpn_proto::gso::{VIRTIO_LEN, rebuild, shorten, size, trim};
 use rvpn_proto::packet::{Parsed, parse};
 use rvpn_proto::queue::{Buffer, Next, Queue, Settings};
@@ -24,6 +26,8 @@ const MAX_READ: usize = VIRTIO_LEN + 65_535;
 /// The device, as the other half passed it.
 pub(crate) struct Device {
     fd: AsyncFd<File>,
+    /// For acknowledgements, once there was much to do.
+    lane: Option<Lane>,
 }
 
 impl Device {
@@ -32,7 +36,29 @@ impl Device {
         let interest = Interest::READABLE | Interest::ERROR;
         Ok(Device {
             fd: watch(fd, interest)?,
+            lane: None,
         })
+    }
+
+    /// Has acknowledgements written by another thread from now on, where there is
+    /// a processor for it.
+    pub(super) fn open_lane(&mut self) {
+        if self.lane.is_none() && available_parallelism().is_ok_and(|n| n.get() > 1) {
+            let lane = Writer::start("rvpn-acks")
+                .and_then(|writer| Ok(writer.lane(self.fd.get_ref().try_clone()?)));
+            // Without it they are written here.
+            self.lane = lane.ok();
+        }
+    }
+
+    /// Brings what that thread has done into the count.
+    pub(super) fn count_lane(&mut self, count: &mut Way) {
+        if let Some(lane) = &mut self.lane {
+            let written = lane.written();
+            count.packets += written.packets;
+            count.payload += written.bytes;
+            count.dropped += written.refused + written.down;
+        }
     }
 
     pub(super) fn poll_read(
@@ -74,6 +100,11 @@ impl Device {
             return Ok(());
         };
         let virtio = virtio.to_bytes();
+        // Counted when it is written.
+        let lane = self.lane.as_ref().filter(|_| parsed.is_bare_ack());
+        if lane.is_some_and(|lane| lane.give(&virtio, head)) {
+            return Ok(());
+        }
         let parts = [
             IoSlice::new(&virtio),
             IoSlice::new(head),

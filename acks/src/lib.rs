@@ -1,0 +1,176 @@
+//! Bare acknowledgements, written to TUN devices on a thread of their own.
+//!
+//! What a write to a TUN costs is what it sets off. An acknowledgement lets
+//! the kernel send the next stretch of a stream, through its tables and as far
+//! as the next queue, all of it before the call returns: tens of microseconds
+//! in which whoever wrote it could have encrypted what came before. Given away,
+//! that happens beside it.
+//!
+//! Only what acknowledges and carries nothing goes this way, so that order is
+//! of no consequence: one that something else has overtaken says less than was
+//! known already. And nothing ever waits for the thread: what it has no room
+//! for is written by whoever wanted to give it away.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+/// The longest packet that is taken, with what the device wants before it:
+/// virtio header, IPv6 and TCP with all the options there is room for.
+pub const ROOM: usize = 110;
+/// So many wait at most. At the rate of one busy core they are gone within
+/// milliseconds.
+const SLOTS: usize = 256;
+
+/// The thread. It ends with the last of its lanes, after what was given to them.
+#[derive(Clone, Debug)]
+pub struct Writer {
+    to: SyncSender<Ack>,
+}
+
+/// The way of one device's acknowledgements.
+#[derive(Debug)]
+pub struct Lane {
+    to: SyncSender<Ack>,
+    device: Arc<Device>,
+    told: Written,
+}
+
+/// What became of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Written.
+    pub packets: u64,
+    /// Their bytes, without what the device wants before each.
+    pub bytes: u64,
+    /// Not liked by the kernel.
+    pub refused: u64,
+    /// Lost because the interface was down, or gone.
+    pub down: u64,
+}
+
+#[derive(Debug)]
+struct Device {
+    file: File,
+    packets: AtomicU64,
+    bytes: AtomicU64,
+    refused: AtomicU64,
+    down: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Ack {
+    device: Arc<Device>,
+    /// Of what is written, and of the packet in it.
+    lengths: (u8, u8),
+    bytes: [u8; ROOM],
+}
+
+impl Writer {
+    /// Starts a thread of this name. It sleeps while there is nothing to write.
+    pub fn start(name: &str) -> io::Result<Writer> {
+        let (to, from) = sync_channel(SLOTS);
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || write_all(&from))?;
+        Ok(Writer { to })
+    }
+
+    /// A lane to a device that does not block.
+    pub fn lane(&self, device: File) -> Lane {
+        Lane {
+            to: self.to.clone(),
+            device: Arc::new(Device {
+                file: device,
+                packets: AtomicU64::new(0),
+                bytes: AtomicU64::new(0),
+                refused: AtomicU64::new(0),
+                down: AtomicU64::new(0),
+            }),
+            told: Written::default(),
+        }
+    }
+}
+
+impl Lane {
+    /// Gives one away: what the device wants before the packet, and the packet.
+    /// If not, it is still to be written.
+    #[must_use]
+    pub fn give(&self, before: &[u8], packet: &[u8]) -> bool {
+        let length = before.len() + packet.len();
+        if length > ROOM {
+            return false;
+        }
+        let mut bytes = [0; ROOM];
+        bytes[..before.len()].copy_from_slice(before);
+        bytes[before.len()..length].copy_from_slice(packet);
+        let ack = Ack {
+            device: Arc::clone(&self.device),
+            // Neither is above ROOM.
+            lengths: (length as u8, packet.len() as u8),
+            bytes,
+        };
+        self.to.try_send(ack).is_ok()
+    }
+
+    /// Whether all that was given is written, and the device nobody else's any more.
+    pub fn is_idle(&self) -> bool {
+        Arc::strong_count(&self.device) == 1
+    }
+
+    /// What was written since it was asked last.
+    pub fn written(&mut self) -> Written {
+        let device = &self.device;
+        let now = Written {
+            packets: device.packets.load(Relaxed),
+            bytes: device.bytes.load(Relaxed),
+            refused: device.refused.load(Relaxed),
+            down: device.down.load(Relaxed),
+        };
+        let told = std::mem::replace(&mut self.told, now);
+        Written {
+            packets: now.packets - told.packets,
+            bytes: now.bytes - told.bytes,
+            refused: now.refused - told.refused,
+            down: now.down - told.down,
+        }
+    }
+}
+
+fn write_all(from: &Receiver<Ack>) {
+    for ack in from {
+        ack.write();
+    }
+}
+
+impl Ack {
+    fn write(&self) {
+        let Ack {
+            device,
+            lengths: (length, packet),
+            bytes,
+        } = self;
+        let written = loop {
+            match (&device.file).write(&bytes[..usize::from(*length)]) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                written => break written,
+            }
+        };
+        let count = match written.map_err(|e| e.raw_os_error()) {
+            Ok(_) => {
+                add(&device.bytes, (*packet).into());
+                &device.packets
+            }
+            Err(Some(libc::EIO | libc::EBADFD)) => &device.down,
+            Err(_) => &device.refused,
+        };
+        add(count, 1);
+    }
+}
+
+/// Only the writing thread does that.
+fn add(count: &AtomicU64, more: u64) {
+    count.store(count.load(Relaxed) + more, Relaxed);
+}

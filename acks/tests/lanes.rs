@@ -1,0 +1,89 @@
+//! What is given away is written, in order, and counted; what is not, is told.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
+
+use rvpn_acks::{Lane, ROOM, Writer, Written};
+
+#[expect(clippy::unwrap_used, reason = "a test has nothing else to do about it")]
+fn pair() -> (File, UnixDatagram) {
+    let (near, far) = UnixDatagram::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    far.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    (File::from(OwnedFd::from(near)), far)
+}
+
+fn settle(lane: &Lane) {
+    let begun = Instant::now();
+    while !lane.is_idle() {
+        assert!(begun.elapsed() < Duration::from_secs(5), "still writing");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn they_arrive_in_order_and_are_counted_once() {
+    let writer = Writer::start("test").unwrap();
+    let (device, far) = pair();
+    let mut lane = writer.lane(device);
+    let mut total = Written::default();
+    for n in 0..2_000_u32 {
+        while !lane.give(&[7; 10], &n.to_be_bytes()) {
+            std::thread::yield_now();
+        }
+        let mut got = [0; 64];
+        let length = far.recv(&mut got).unwrap();
+        assert_eq!(got[..length], [&[7; 10][..], &n.to_be_bytes()].concat());
+        let more = lane.written();
+        total.packets += more.packets;
+        total.bytes += more.bytes;
+    }
+    settle(&lane);
+    let last = lane.written();
+    assert_eq!(total.packets + last.packets, 2_000);
+    assert_eq!(total.bytes + last.bytes, 8_000);
+    assert_eq!((last.refused, last.down), (0, 0));
+    assert_eq!(lane.written(), Written::default());
+}
+
+#[test]
+fn what_is_too_long_or_too_much_is_not_taken() {
+    let writer = Writer::start("test").unwrap();
+    // A FIFO that nobody reads from: its writer waits, since it may block.
+    let (near, mut far) = std::io::pipe().map(|(r, w)| (w, r)).unwrap();
+    let lane = writer.lane(File::from(OwnedFd::from(near)));
+    assert!(!lane.give(&[0; 10], &[0; ROOM - 9]));
+    let (mut given, begun) = (0, Instant::now());
+    while lane.give(&[0; 10], &[1; ROOM - 10]) {
+        given += 1;
+        assert!(begun.elapsed() < Duration::from_secs(20), "{given} taken");
+    }
+    // All that was taken comes, also after the end of the lane.
+    drop((lane, writer));
+    let mut all = Vec::new();
+    far.read_to_end(&mut all).unwrap();
+    assert_eq!(all.len(), given * ROOM);
+}
+
+#[test]
+fn a_device_that_is_gone_loses_them_and_says_so() {
+    let writer = Writer::start("test").unwrap();
+    let (device, far) = pair();
+    drop(far);
+    let mut lane = writer.lane(device);
+    assert!(lane.give(&[], &[1; 40]));
+    settle(&lane);
+    let expected = Written {
+        refused: 1,
+        ..Written::default()
+    };
+    assert_eq!(lane.written(), expected);
+    // The others do not notice.
+    let (device, far) = pair();
+    let lane = writer.lane(device);
+    assert!(lane.give(&[1], &[2; 40]));
+    assert_eq!(far.recv(&mut [0; 64]).unwrap(), 41);
+}
