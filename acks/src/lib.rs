@@ -116,8 +116,9 @@ impl Lane {
     }
 
     /// Whether all that was given is written, and the device nobody else's any more.
-    pub fn is_idle(&self) -> bool {
-        Arc::strong_count(&self.device) == 1
+    pub fn is_idle(&mut self) -> bool {
+        // Unlike the number of references this also shows what was counted last.
+        Arc::get_mut(&mut self.device).is_some()
     }
 
     /// What was written since it was asked last.

@@ -16,7 +16,7 @@ fn pair() -> (File, UnixDatagram) {
     (File::from(OwnedFd::from(near)), far)
 }
 
-fn settle(lane: &Lane) {
+fn settle(lane: &mut Lane) {
     let begun = Instant::now();
     while !lane.is_idle() {
         assert!(begun.elapsed() < Duration::from_secs(5), "still writing");
@@ -41,7 +41,7 @@ fn they_arrive_in_order_and_are_counted_once() {
         total.packets += more.packets;
         total.bytes += more.bytes;
     }
-    settle(&lane);
+    settle(&mut lane);
     let last = lane.written();
     assert_eq!(total.packets + last.packets, 2_000);
     assert_eq!(total.bytes + last.bytes, 8_000);
@@ -75,7 +75,7 @@ fn a_device_that_is_gone_loses_them_and_says_so() {
     drop(far);
     let mut lane = writer.lane(device);
     assert!(lane.give(&[], &[1; 40]));
-    settle(&lane);
+    settle(&mut lane);
     let expected = Written {
         refused: 1,
         ..Written::default()

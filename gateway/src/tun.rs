@@ -65,7 +65,7 @@ impl Tun {
 
     /// Ends that if nothing is under way.
     pub fn close_lane(&mut self, side: &mut Side) {
-        if self.lane.as_ref().is_some_and(Lane::is_idle) {
+        if self.lane.as_mut().is_some_and(Lane::is_idle) {
             self.count_lane(side);
             self.lane = None;
         }
