@@ -190,7 +190,7 @@ async fn rev_13_one_stalled_stream_among_a_hundred_slows_nobody() {
     };
     // What else goes on here disturbs either side: the best of several counts.
     let (mut alone, mut beside) = (Duration::MAX, Duration::MAX);
-    for n in 0..8 {
+    for n in 0..16 {
         alone = alone.min(round().await);
         let mut stalled = visit(&lab.up, SHOP, &identity).await;
         stalled.write_u64(1 << 30).await.expect("a wish");
