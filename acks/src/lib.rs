@@ -9,7 +9,8 @@
 //! Only what acknowledges and carries nothing goes this way, so that order is
 //! of no consequence: one that something else has overtaken says less than was
 //! known already. And nothing ever waits for the thread: what it has no room
-//! for is written by whoever wanted to give it away.
+//! for is written by whoever wanted to give it away. The channel takes a lock only to
+//! wake the thread from its sleep.
 
 use std::fs::File;
 use std::io::{self, Write as _};
