@@ -32,6 +32,8 @@ pub struct Tun {
     fd: Arc<AsyncFd<File>>,
     /// For acknowledgements, while there is much to do.
     lane: Option<Lane>,
+    /// Not while it is being closed, else there would always be something under way.
+    gives: bool,
 }
 
 /// Why a packet did not get into the device.
@@ -52,6 +54,7 @@ impl Tun {
         Ok(Tun {
             fd: Arc::new(fd),
             lane: None,
+            gives: false,
         })
     }
 
@@ -61,10 +64,12 @@ impl Tun {
             let device = self.fd.get_ref().try_clone();
             self.lane = device.ok().map(|device| writer.lane(device));
         }
+        self.gives = true;
     }
 
-    /// Ends that if nothing is under way.
+    /// Ends that, and lets go of the other thread once nothing is under way.
     pub fn close_lane(&mut self, side: &mut Side) {
+        self.gives = false;
         if self.lane.as_mut().is_some_and(Lane::is_idle) {
             self.count_lane(side);
             self.lane = None;
@@ -92,7 +97,7 @@ impl Tun {
 
     /// Gives an acknowledgement to the other thread, if it is there and has room.
     pub fn give(&self, virtio: &[u8], packet: &[u8]) -> bool {
-        let lane = self.lane.as_ref();
+        let lane = self.lane.as_ref().filter(|_| self.gives);
         lane.is_some_and(|lane| lane.give(virtio, packet))
     }
 

@@ -5,6 +5,8 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::fs::File;
+use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
@@ -250,6 +252,40 @@ async fn acknowledgements_given_away_take_no_memory_and_are_counted() {
     assert!(tun.give(&[0; VIRTIO_LEN], &acks[0]));
     tun.finish_lane(&mut totals.outbound).await;
     assert_eq!((totals.outbound.packets, totals.drops()), (all, 1));
+    assert!(tun.into_fd().is_some());
+}
+
+/// A lane that is to close takes no more, also while what it took is under way.
+#[tokio::test]
+async fn a_lane_that_closes_lets_go_of_the_device_under_load() {
+    let writer = Writer::start("acks").unwrap();
+    // The thread is busy with somebody else's device, which is full.
+    let (mut reader, mut full) = std::io::pipe().unwrap();
+    full.write_all(&[0; 64 * 1024]).unwrap();
+    let before = writer.lane(File::from(OwnedFd::from(full)));
+    assert!(before.give(&[], &[1; 40]));
+
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    let mut tun = Tun::adopt(OwnedFd::from(ours)).unwrap();
+    let mut totals = Totals::default();
+    tun.open_lane(&writer);
+    assert!(tun.give(&[2; VIRTIO_LEN], &[3; 40]));
+    tun.close_lane(&mut totals.outbound);
+    assert_eq!(totals.outbound.packets, 0, "it waits");
+    assert!(!tun.give(&[2; VIRTIO_LEN], &[4; 40]));
+    // Opened again, it is the same one.
+    tun.open_lane(&writer);
+    assert!(tun.give(&[2; VIRTIO_LEN], &[5; 40]));
+    tun.close_lane(&mut totals.outbound);
+
+    reader.read_exact(&mut [0; 64 * 1024]).unwrap();
+    tun.finish_lane(&mut totals.outbound).await;
+    assert_eq!((totals.outbound.packets, totals.outbound.payload), (2, 80));
+    let mut got = [0; 64];
+    for mark in [3, 5] {
+        assert_eq!(theirs.recv(&mut got).unwrap(), VIRTIO_LEN + 40);
+        assert_eq!(got[VIRTIO_LEN], mark);
+    }
     assert!(tun.into_fd().is_some());
 }
 

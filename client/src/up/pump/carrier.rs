@@ -28,6 +28,8 @@ pub(crate) struct Device {
     fd: AsyncFd<File>,
     /// For acknowledgements, once there was much to do.
     lane: Option<Lane>,
+    /// Whether there may be one, until it was tried.
+    may_share: bool,
 }
 
 impl Device {
@@ -37,13 +39,17 @@ impl Device {
         Ok(Device {
             fd: watch(fd, interest)?,
             lane: None,
+            may_share: true,
         })
     }
 
     /// Has acknowledgements written by another thread from now on, where there is
     /// a processor for it.
     pub(super) fn open_lane(&mut self) {
-        if self.lane.is_none() && available_parallelism().is_ok_and(|n| n.get() > 1) {
+        if !std::mem::take(&mut self.may_share) {
+            return;
+        }
+        if available_parallelism().is_ok_and(|n| n.get() > 1) {
             let lane = Writer::start("rvpn-acks")
                 .and_then(|writer| Ok(writer.lane(self.fd.get_ref().try_clone()?)));
             // Without it they are written here.
