@@ -262,6 +262,14 @@ impl Helper {
             .unwrap_or(0)
     }
 
+    /// What of it is no file's, in KiB: exactly, unlike the figures of `status`.
+    pub fn anonymous(&self) -> u64 {
+        let rollup = format!("/proc/{}/smaps_rollup", self.pid());
+        let field = field(&rollup, "Pss_Anon");
+        let kib = field.split_whitespace().next().and_then(|w| w.parse().ok());
+        kib.unwrap_or_else(|| panic!("no Pss_Anon in {rollup}"))
+    }
+
     pub fn status_field(&self, name: &str) -> String {
         field(&format!("/proc/{}/status", self.pid()), name)
     }

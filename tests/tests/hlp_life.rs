@@ -130,29 +130,33 @@ fn hlp_22_the_rules_after_many_leases() {
 fn hlp_23_memory_and_descriptors_under_load() {
     let (_lab, helper) = setup("");
     let mut client = helper.connect();
-    let round = |client: &mut Client, n: u32| {
-        for i in 0..n {
+    // A lease waits for locks of the whole kernel: what is measured here is not how long.
+    seqpacket::set_timeout(client.socket(), Duration::from_secs(30)).unwrap();
+    let round = |client: &mut Client, leases: u32, questions: u32| {
+        for i in 0..leases {
             let key = Key([u8::try_from(i % 9 + 1).unwrap(); 16]);
-            if let Ok(lease) = client.acquire(key, Kind::Packets, 0) {
-                let (slot, generation) = (lease.reply.slot, lease.reply.generation);
-                drop(lease);
-                client.release(slot, generation).unwrap();
+            match client.acquire(key, Kind::Packets, 0) {
+                Ok(lease) => {
+                    let (slot, generation) = (lease.reply.slot, lease.reply.generation);
+                    drop(lease);
+                    client.release(slot, generation).unwrap();
+                }
+                Err(ClientError::Refused(r)) => assert_eq!(r.status, Status::NoCapacity),
+                Err(e) => panic!("lease {i}: {e}"),
             }
-            for _ in 0..40 {
+            for _ in 0..questions / leases {
                 client.describe().unwrap();
             }
         }
         all_free(client);
     };
-    round(&mut client, 200);
-    let (fds, memory) = (helper.descriptors(), helper.resident());
-    round(&mut client, 2_000);
+    round(&mut client, 100, 5_000);
+    let (fds, memory) = (helper.descriptors(), helper.anonymous());
+    round(&mut client, 500, 100_000);
     assert_eq!(helper.descriptors(), fds);
-    let after = helper.resident();
-    assert!(
-        after <= 8 * 1024 && after <= memory + 512,
-        "{memory} KiB, then {after} KiB"
-    );
+    let (after, resident) = (helper.anonymous(), helper.resident());
+    assert!(after <= memory + 64, "{memory} KiB, then {after} KiB");
+    assert!(resident <= 8 * 1024, "{resident} KiB");
 }
 
 #[test]
