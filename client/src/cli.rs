@@ -299,7 +299,7 @@ pub(crate) enum Token {
         #[command(flatten)]
         admin: Admin,
         /// The token of this identifier
-        #[arg(long, conflicts_with_all = ["account", "file"])]
+        #[arg(long, conflicts_with_all = ["account", "file"], allow_hyphen_values = true)]
         jti: Option<String>,
         /// Everything of this account, or one device by its id
         #[arg(long, conflicts_with = "file")]
@@ -357,7 +357,7 @@ pub(crate) struct Invite {
     #[arg(long, conflicts_with = "account")]
     pub(crate) list: bool,
     /// Take an invite back
-    #[arg(long, value_name = "ID", conflicts_with_all = ["account", "list"])]
+    #[arg(long, value_name = "ID", conflicts_with_all = ["account", "list"], allow_hyphen_values = true)]
     pub(crate) remove: Option<String>,
 }
 

@@ -188,6 +188,13 @@ fn invites_are_listed_taken_back_and_drawn() {
     assert!(!list.contains(id) && list.contains("alice"), "{list}");
     let gone = run(&["invite", "--remove", id]);
     assert_eq!(gone.code, 1, "{gone:?}");
+    assert_eq!(
+        gone.err,
+        run(&["invite", "--remove", "-r1yW"])
+            .err
+            .replace("-r1yW", id)
+    );
+    run(&["token", "revoke", "--jti", "-x", "--reason", "lost"]).good();
     let phone = Machine::new(&lab, "phone", 10);
     let taken = json["link"]
         .as_str()

@@ -33,7 +33,7 @@ pub(crate) async fn run(what: Token) -> Outcome {
         } => {
             let jti = match jti {
                 Some(jti) => jti,
-                None => random_text::<12>()?,
+                None => format!("t.{}", random_text::<12>()?),
             };
             let mut claims = json!({
                 "sub": account,

@@ -243,7 +243,8 @@ pub(super) async fn invite(State(desk): State<Arc<Desk>>, sent: Sent) -> Answer<
     };
     let made = || -> std::io::Result<_> {
         let (code, hash) = join::new_code()?;
-        let id = base64::to_url(&crate::ticket::random::<9>()?);
+        // In a command it could be taken for an option if it began with a '-'.
+        let id = format!("v.{}", base64::to_url(&crate::ticket::random::<9>()?));
         Ok((code, hash, id))
     };
     let (code, hash, id) =
