@@ -6,17 +6,19 @@
 //! in which whoever wrote it could have encrypted what came before. Given away,
 //! that happens beside it.
 //!
-//! Only what acknowledges and carries nothing goes this way, so that order is
-//! of no consequence: one that something else has overtaken says less than was
-//! known already. And nothing ever waits for the thread: what it has no room
-//! for is written by whoever wanted to give it away. The channel takes a lock only to
-//! wake the thread from its sleep.
+//! Only what acknowledges, carries nothing and leaves the other end room to send
+//! goes this way. One that something else has overtaken then says less than was
+//! known already; of one that closes a window that would not be so. What
+//! the thread has no room for is written by whoever wanted to give it away. The
+//! channel takes a lock only to wake the thread from its sleep.
 
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::ops::AddAssign;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
 
 /// The longest packet that is taken, with what the device wants before it:
 /// virtio header, IPv6 and TCP with all the options there is room for.
@@ -24,6 +26,11 @@ pub const ROOM: usize = 110;
 /// So many wait at most. At the rate of one busy core they are gone within
 /// milliseconds.
 const SLOTS: usize = 256;
+/// And so many of one device, so that there is room for others.
+const SHARE: usize = SLOTS / 2;
+
+/// How often [`Aside::look`] is to be called.
+pub const LOOK: Duration = Duration::from_millis(50);
 
 /// The thread. It ends with the last of its lanes, after what was given to them.
 #[derive(Clone, Debug)]
@@ -37,6 +44,18 @@ pub struct Lane {
     to: SyncSender<Ack>,
     device: Arc<Device>,
     told: Written,
+}
+
+/// A device whose acknowledgements go aside while there is much to do.
+#[derive(Debug, Default)]
+pub struct Aside {
+    lane: Option<Lane>,
+    /// Not while it is being closed, else there would always be something under way.
+    gives: bool,
+    /// There was much to do since the last look.
+    busy: bool,
+    /// What lanes that are closed did last.
+    rest: Written,
 }
 
 /// What became of them.
@@ -101,7 +120,8 @@ impl Lane {
     #[must_use]
     pub fn give(&self, before: &[u8], packet: &[u8]) -> bool {
         let length = before.len() + packet.len();
-        if length > ROOM {
+        // Each that waits refers to the device.
+        if length > ROOM || Arc::strong_count(&self.device) > SHARE {
             return false;
         }
         let mut bytes = [0; ROOM];
@@ -138,6 +158,78 @@ impl Lane {
             refused: now.refused - told.refused,
             down: now.down - told.down,
         }
+    }
+}
+
+impl Aside {
+    /// There is much to do: from now on, until a look finds that there was not.
+    pub fn open(&mut self, writer: &Writer, device: impl FnOnce() -> io::Result<File>) {
+        if self.lane.is_none() {
+            // Without it they are written by whoever has them.
+            self.lane = device().ok().map(|device| writer.lane(device));
+        }
+        self.gives = true;
+        self.busy = true;
+    }
+
+    /// Whether it is to be looked after.
+    pub fn is_open(&self) -> bool {
+        self.lane.is_some()
+    }
+
+    /// As [`Lane::give`].
+    #[must_use]
+    pub fn give(&self, before: &[u8], packet: &[u8]) -> bool {
+        let lane = self.lane.as_ref().filter(|_| self.gives);
+        lane.is_some_and(|lane| lane.give(before, packet))
+    }
+
+    /// Ends it if there was not much to do since the last look.
+    pub fn look(&mut self) {
+        if !std::mem::take(&mut self.busy) {
+            self.close();
+        }
+    }
+
+    /// Takes no more, and lets go of the device if nothing is under way.
+    pub fn close(&mut self) {
+        self.gives = false;
+        if self.lane.as_mut().is_some_and(Lane::is_idle) {
+            self.drop_lane();
+        }
+    }
+
+    /// Lets go of the device although something may be under way, which is then
+    /// not counted. Whether something was.
+    pub fn abandon(&mut self) -> bool {
+        self.close();
+        let abandoned = self.is_open();
+        self.drop_lane();
+        abandoned
+    }
+
+    fn drop_lane(&mut self) {
+        if let Some(mut lane) = self.lane.take() {
+            self.rest += lane.written();
+        }
+    }
+
+    /// What was written since it was asked last.
+    pub fn written(&mut self) -> Written {
+        let mut written = std::mem::take(&mut self.rest);
+        if let Some(lane) = &mut self.lane {
+            written += lane.written();
+        }
+        written
+    }
+}
+
+impl AddAssign for Written {
+    fn add_assign(&mut self, more: Written) {
+        self.packets += more.packets;
+        self.bytes += more.bytes;
+        self.refused += more.refused;
+        self.down += more.down;
     }
 }
 

@@ -1,14 +1,17 @@
 //! What is given away is written, in order, and counted; what is not, is told.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on says where by panicking"
+)]
 
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{PipeReader, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
-use rvpn_acks::{Lane, ROOM, Writer, Written};
+use rvpn_acks::{Aside, Lane, ROOM, Writer, Written};
 
-#[expect(clippy::unwrap_used, reason = "a test has nothing else to do about it")]
 fn pair() -> (File, UnixDatagram) {
     let (near, far) = UnixDatagram::pair().unwrap();
     near.set_nonblocking(true).unwrap();
@@ -86,4 +89,82 @@ fn a_device_that_is_gone_loses_them_and_says_so() {
     let lane = writer.lane(device);
     assert!(lane.give(&[1], &[2; 40]));
     assert_eq!(far.recv(&mut [0; 64]).unwrap(), 41);
+}
+
+/// A device that takes nothing any more until somebody reads from it.
+fn full() -> (File, PipeReader) {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(&[0; 64 * 1024]).unwrap();
+    (File::from(OwnedFd::from(writer)), reader)
+}
+
+#[test]
+fn one_device_leaves_room_for_others() {
+    let writer = Writer::start("test").unwrap();
+    let (device, stuck) = full();
+    let lane = writer.lane(device);
+    let taken = (0..1_000).take_while(|_| lane.give(&[], &[1; 40])).count();
+    assert!((64..192).contains(&taken), "{taken}");
+    let (device, far) = pair();
+    let other = writer.lane(device);
+    for _ in 0..64 {
+        assert!(other.give(&[], &[2; 40]));
+    }
+    drop(stuck);
+    for _ in 0..64 {
+        assert_eq!(far.recv(&mut [0; 64]).unwrap(), 40);
+    }
+}
+
+#[test]
+fn with_little_to_do_nothing_goes_aside() {
+    let writer = Writer::start("test").unwrap();
+    let (device, far) = pair();
+    let mut aside = Aside::default();
+    assert!(!aside.give(&[], &[1; 40]) && !aside.is_open());
+    for round in 1..4 {
+        aside.open(&writer, || device.try_clone());
+        assert!(aside.give(&[1; 10], &[2; 40]) && aside.is_open());
+        assert_eq!(far.recv(&mut [0; 64]).unwrap(), 50);
+        // There was much since it was opened, and then no more.
+        aside.look();
+        assert!(aside.give(&[1; 10], &[2; 40]), "{round}");
+        assert_eq!(far.recv(&mut [0; 64]).unwrap(), 50);
+        aside.look();
+        assert!(!aside.give(&[1; 10], &[2; 40]));
+        let begun = Instant::now();
+        while aside.is_open() {
+            assert!(begun.elapsed() < Duration::from_secs(5), "still writing");
+            aside.look();
+        }
+        let written = aside.written();
+        assert_eq!((written.packets, written.bytes), (2, 80), "{round}");
+    }
+}
+
+#[test]
+fn what_does_not_end_is_left() {
+    let writer = Writer::start("test").unwrap();
+    let (device, stuck) = full();
+    let mut aside = Aside::default();
+    aside.open(&writer, || device.try_clone());
+    assert!(aside.give(&[], &[1; 40]));
+    aside.close();
+    assert!(aside.is_open());
+    assert!(aside.abandon());
+    assert!(!aside.is_open());
+    assert_eq!(aside.written(), Written::default());
+    // Not what has ended.
+    drop(stuck);
+    let (device, far) = pair();
+    aside.open(&writer, || device.try_clone());
+    assert!(aside.give(&[], &[1; 40]));
+    assert_eq!(far.recv(&mut [0; 64]).unwrap(), 40);
+    let begun = Instant::now();
+    while aside.is_open() {
+        assert!(begun.elapsed() < Duration::from_secs(5), "still writing");
+        aside.close();
+    }
+    assert!(!aside.abandon());
+    assert_eq!(aside.written().packets, 1);
 }

@@ -1,14 +1,15 @@
 //! One single-threaded runtime per core for the data plane.
 //!
-//! A session lives its whole life on one of them, with its socket and its TUN,
-//! so nothing of a client is ever shared between threads. Login, the admin API
-//! and the store run elsewhere and cannot delay a packet.
+//! A session lives its whole life on one of them, with its socket and its TUN.
+//! Nothing of a client is shared between threads but the device itself, while
+//! bare acknowledgements are written by a second one. Login, the admin API and
+//! the store run elsewhere and cannot delay a packet.
 
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, available_parallelism};
 
 use rvpn_acks::Writer;
 use tokio::runtime::{Builder, Handle};
@@ -103,6 +104,8 @@ impl Cores {
             cores: Vec::with_capacity(count),
             stop,
         };
+        // On a single processor all work is in the way of all other.
+        let spare = count > 1 && available_parallelism().is_ok_and(|n| n.get() > 1);
         for n in 0..count.max(1) {
             let runtime = Builder::new_current_thread()
                 .enable_all()
@@ -119,11 +122,11 @@ impl Cores {
                     // An error means that the sender is gone, which is also a stop.
                     runtime.block_on(async { drop(stopped.wait_for(|s| *s).await) });
                 })?;
-            // Where there is but one processor, all work is beside all other.
-            let acks = match count {
-                0 | 1 => None,
-                _ => Some(Writer::start(&format!("rvpn-acks-{n}"))?),
-            };
+            let acks = spare.then(|| Writer::start(&format!("rvpn-acks-{n}")));
+            let acks = acks.and_then(|started| {
+                let without = "acknowledgements are written with the rest: no thread for them";
+                started.inspect_err(|error| warn!(%error, without)).ok()
+            });
             cores.cores.push(Core {
                 runtime: handle,
                 load: Arc::new(Load {

@@ -2,8 +2,10 @@
 //!
 //! Each session owns a row of plain counters in a file that is mapped into
 //! memory. Its task is the only writer and writes after every turn, so a
-//! killed process has lost at most the turn it was in. Rows hold totals, never
-//! differences: whoever stores one twice, or late, stores the same thing.
+//! killed process has lost at most the turn it was in, and what acknowledgements
+//! another thread wrote since the last look, [`rvpn_acks::LOOK`] ago. Rows hold
+//! totals, never differences: whoever stores one twice, or late, stores the same
+//! thing.
 //!
 //! The next process finds the file of a dead one by its lock, closes the rows
 //! into the store and removes it.

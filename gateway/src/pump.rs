@@ -193,7 +193,7 @@ impl Pump {
             Err(reason) => return side.drop(reason.into(), packets),
         };
         // Counted when it is written.
-        if parsed.is_bare_ack() && tun.give(&virtio, head) {
+        if parsed.is_bare_ack(head) && tun.aside.give(&virtio, head) {
             return;
         }
         let parts = [

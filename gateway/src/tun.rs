@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use rvpn_acks::{Lane, Writer};
+use rvpn_acks::{Aside, Writer};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::yield_now;
+use tracing::warn;
 
 use crate::meter::{DropReason, Side};
 
@@ -23,17 +24,16 @@ pub const VIRTIO_LEN: usize = 10;
 /// The largest packet with its header. A shorter read would cut it silently.
 pub const MAX_READ: usize = VIRTIO_LEN + 65_535;
 
-/// Longer than what is under way takes on any machine that still works.
-const UNDER_WAY: Duration = Duration::from_secs(1);
+/// Longer than what is under way takes on any machine that still works, and less
+/// than who takes the session over waits for it.
+const UNDER_WAY: Duration = Duration::from_millis(200);
 
 /// A TUN, or in tests one end of a socket pair that stands for it.
 #[derive(Debug)]
 pub struct Tun {
     fd: Arc<AsyncFd<File>>,
     /// For acknowledgements, while there is much to do.
-    lane: Option<Lane>,
-    /// Not while it is being closed, else there would always be something under way.
-    gives: bool,
+    pub aside: Aside,
 }
 
 /// Why a packet did not get into the device.
@@ -53,52 +53,37 @@ impl Tun {
         let fd = crate::fd::watch(fd, Interest::READABLE | Interest::ERROR)?;
         Ok(Tun {
             fd: Arc::new(fd),
-            lane: None,
-            gives: false,
+            aside: Aside::default(),
         })
     }
 
-    /// Has acknowledgements written by another thread from now on, if it can.
-    pub fn open_lane(&mut self, writer: &Writer) {
-        if self.lane.is_none() {
-            let device = self.fd.get_ref().try_clone();
-            self.lane = device.ok().map(|device| writer.lane(device));
-        }
-        self.gives = true;
-    }
-
-    /// Ends that, and lets go of the other thread once nothing is under way.
-    pub fn close_lane(&mut self, side: &mut Side) {
-        self.gives = false;
-        if self.lane.as_mut().is_some_and(Lane::is_idle) {
-            self.count_lane(side);
-            self.lane = None;
-        }
+    /// Has acknowledgements written by another thread while there is much to do,
+    /// as there is now.
+    pub fn open_aside(&mut self, writer: &Writer) {
+        let fd = &self.fd;
+        self.aside.open(writer, || fd.get_ref().try_clone());
     }
 
     /// Brings into the totals what the other thread has done.
-    pub fn count_lane(&mut self, side: &mut Side) {
-        if let Some(lane) = &mut self.lane {
-            let written = lane.written();
-            side.pass(written.packets, written.bytes);
-            side.drop(DropReason::Kernel, written.refused);
-            side.drop(DropReason::Down, written.down);
-        }
+    pub fn count_aside(&mut self, side: &mut Side) {
+        let written = self.aside.written();
+        side.pass(written.packets, written.bytes);
+        side.drop(DropReason::Kernel, written.refused);
+        side.drop(DropReason::Down, written.down);
     }
 
     /// Waits for what is under way, so that the descriptor is nobody else's.
-    pub async fn finish_lane(&mut self, side: &mut Side) {
+    pub async fn finish_aside(&mut self, side: &mut Side) {
         let begun = Instant::now();
-        while self.lane.is_some() && begun.elapsed() < UNDER_WAY {
-            self.close_lane(side);
+        self.aside.close();
+        while self.aside.is_open() && begun.elapsed() < UNDER_WAY {
             yield_now().await;
+            self.aside.close();
         }
-    }
-
-    /// Gives an acknowledgement to the other thread, if it is there and has room.
-    pub fn give(&self, virtio: &[u8], packet: &[u8]) -> bool {
-        let lane = self.lane.as_ref().filter(|_| self.gives);
-        lane.is_some_and(|lane| lane.give(virtio, packet))
+        if self.aside.abandon() {
+            warn!("acknowledgements under way took too long; the last are not counted");
+        }
+        self.count_aside(side);
     }
 
     /// Gives the descriptor back, for a session that continues on another

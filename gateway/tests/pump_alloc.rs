@@ -206,7 +206,7 @@ async fn acknowledgements_given_away_take_no_memory_and_are_counted() {
     const EACH: u32 = 16;
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     let mut tun = Tun::adopt(OwnedFd::from(ours)).unwrap();
-    tun.open_lane(&Writer::start("acks").unwrap());
+    tun.open_aside(&Writer::start("acks").unwrap());
     let mut pump = pump(true);
     let mut totals = Totals::default();
     let from = INNER.0.to_string();
@@ -231,7 +231,7 @@ async fn acknowledgements_given_away_take_no_memory_and_are_counted() {
             let header = packet::tcp_header(&got[VIRTIO_LEN..length]).unwrap();
             assert_eq!(header[8..12], n.to_be_bytes());
         }
-        tun.count_lane(&mut totals.outbound);
+        tun.count_aside(&mut totals.outbound);
     };
     let taken = taken_by(|| {
         for _ in 0..100 {
@@ -239,18 +239,18 @@ async fn acknowledgements_given_away_take_no_memory_and_are_counted() {
         }
     });
     assert_eq!(taken, 0);
-    tun.finish_lane(&mut totals.outbound).await;
+    tun.finish_aside(&mut totals.outbound).await;
     let all = u64::from(100 * EACH);
     assert_eq!(totals.outbound.packets, all);
     assert_eq!(totals.outbound.payload, all * acks[0].len() as u64);
     assert_eq!(totals.drops(), 0);
     // Now nobody else has the descriptor.
-    assert!(!tun.give(&[0; VIRTIO_LEN], &acks[0]));
+    assert!(!tun.aside.give(&[0; VIRTIO_LEN], &acks[0]));
 
-    tun.open_lane(&Writer::start("acks").unwrap());
+    tun.open_aside(&Writer::start("acks").unwrap());
     drop(theirs);
-    assert!(tun.give(&[0; VIRTIO_LEN], &acks[0]));
-    tun.finish_lane(&mut totals.outbound).await;
+    assert!(tun.aside.give(&[0; VIRTIO_LEN], &acks[0]));
+    tun.finish_aside(&mut totals.outbound).await;
     assert_eq!((totals.outbound.packets, totals.drops()), (all, 1));
     assert!(tun.into_fd().is_some());
 }
@@ -268,18 +268,20 @@ async fn a_lane_that_closes_lets_go_of_the_device_under_load() {
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     let mut tun = Tun::adopt(OwnedFd::from(ours)).unwrap();
     let mut totals = Totals::default();
-    tun.open_lane(&writer);
-    assert!(tun.give(&[2; VIRTIO_LEN], &[3; 40]));
-    tun.close_lane(&mut totals.outbound);
+    tun.open_aside(&writer);
+    assert!(tun.aside.give(&[2; VIRTIO_LEN], &[3; 40]));
+    tun.aside.close();
+    tun.count_aside(&mut totals.outbound);
     assert_eq!(totals.outbound.packets, 0, "it waits");
-    assert!(!tun.give(&[2; VIRTIO_LEN], &[4; 40]));
+    assert!(!tun.aside.give(&[2; VIRTIO_LEN], &[4; 40]));
     // Opened again, it is the same one.
-    tun.open_lane(&writer);
-    assert!(tun.give(&[2; VIRTIO_LEN], &[5; 40]));
-    tun.close_lane(&mut totals.outbound);
+    tun.open_aside(&writer);
+    assert!(tun.aside.give(&[2; VIRTIO_LEN], &[5; 40]));
+    tun.aside.close();
+    tun.count_aside(&mut totals.outbound);
 
     reader.read_exact(&mut [0; 64 * 1024]).unwrap();
-    tun.finish_lane(&mut totals.outbound).await;
+    tun.finish_aside(&mut totals.outbound).await;
     assert_eq!((totals.outbound.packets, totals.outbound.payload), (2, 80));
     let mut got = [0; 64];
     for mark in [3, 5] {

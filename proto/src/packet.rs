@@ -291,11 +291,14 @@ impl Parsed {
         self.l4() == plain && self.is_whole()
     }
 
-    /// Whether it only acknowledges: TCP without data that begins and ends nothing.
+    /// Whether it only acknowledges: TCP without data that begins and ends nothing,
+    /// and does not close the window. Nothing is lost if a later one overtakes it.
     #[must_use]
-    pub fn is_bare_ack(&self) -> bool {
+    pub fn is_bare_ack(&self, packet: &[u8]) -> bool {
         let acks = matches!(self.transport, Transport::Tcp { flags, .. } if flags == tcp_flag::ACK);
-        acks && self.payload_len() == 0 && self.is_plain()
+        acks && self.payload_len() == 0
+            && self.is_plain()
+            && array::<2>(packet, self.l4() + 14).is_some_and(|window| window != [0; 2])
     }
 
     /// Where the checksum of a TCP or UDP header lies.

@@ -268,19 +268,29 @@ fn spf_20_protocols_that_are_not_carried() {
 }
 
 #[test]
-fn a_bare_acknowledgement_carries_begins_and_ends_nothing() {
+fn a_bare_acknowledgement_carries_begins_ends_and_closes_nothing() {
     for family in FAMILIES {
         for flags in 0..=255_u8 {
             for payload in [&b""[..], b"x"] {
-                let packet = tcp((family.inner, 1), (family.far, 2), flags, 1, payload);
+                let mut packet = tcp((family.inner, 1), (family.far, 2), flags, 1, payload);
                 if let Ok(parsed) = outbound(&packet) {
                     let bare = flags == ACK && payload.is_empty();
-                    assert_eq!(parsed.is_bare_ack(), bare, "{flags:#04x} {payload:?}");
+                    assert_eq!(
+                        parsed.is_bare_ack(&packet),
+                        bare,
+                        "{flags:#04x} {payload:?}"
+                    );
+                    // Whoever hears of a closed window late waits for its opening again.
+                    let window = packet.len() - payload.len() - 6;
+                    for (value, leaves_room) in [(1_u16, true), (256, true), (0, false)] {
+                        packet[window..window + 2].copy_from_slice(&value.to_be_bytes());
+                        assert_eq!(parsed.is_bare_ack(&packet), bare && leaves_room, "{value}");
+                    }
                 }
             }
         }
-        let datagram = outbound(&udp((family.inner, 1), (family.far, 2), b"")).unwrap();
-        assert!(!datagram.is_bare_ack());
+        let datagram = udp((family.inner, 1), (family.far, 2), b"");
+        assert!(!outbound(&datagram).unwrap().is_bare_ack(&datagram));
     }
 }
 

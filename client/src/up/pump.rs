@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
+use rvpn_acks::{Aside, LOOK};
 use rvpn_proto::control::{Goodbye, Message as Control, Stage, Welcome, patience};
 use rvpn_proto::gso::{Coalescer, Joins, Offer, Segments, VIRTIO_LEN, VirtioHeader};
 use rvpn_proto::packet::{Parsed, Side};
@@ -173,13 +174,13 @@ impl<'a> Session<'a> {
             }
             if turn == TURNS {
                 cx.waker().wake_by_ref();
-                carrier.device.open_lane();
+                carrier.device.open_aside();
                 break;
             }
             now = Instant::now();
         }
-        carrier.device.count_lane(&mut carrier.inbound);
-        self.watch(cx, now)
+        carrier.device.count_aside(&mut carrier.inbound);
+        self.watch(cx, &mut carrier.device.aside, now)
     }
 
     /// Gateway to device.
@@ -438,8 +439,11 @@ impl<'a> Session<'a> {
     }
 
     /// The clock: keepalive, silence, the answer after a change.
-    fn watch(&mut self, cx: &mut Context<'_>, now: Instant) -> Result<(), End> {
+    fn watch(&mut self, cx: &mut Context<'_>, aside: &mut Aside, now: Instant) -> Result<(), End> {
         let silence = patience(self.keepalive);
+        if aside.is_open() && self.timer.deadline() > now + LOOK {
+            self.timer.as_mut().reset(now + LOOK);
+        }
         while self.timer.as_mut().poll(cx).is_ready() {
             if now >= self.heard + silence {
                 return Err(End::Lost(format!(
@@ -454,7 +458,11 @@ impl<'a> Session<'a> {
                 self.ping();
                 cx.waker().wake_by_ref();
             }
+            aside.look();
             let mut next = (self.pinged + self.keepalive).min(self.heard + silence);
+            if aside.is_open() {
+                next = next.min(now + LOOK);
+            }
             if let Some(by) = self.probe {
                 next = next.min(by);
             }

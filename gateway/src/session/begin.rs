@@ -337,7 +337,7 @@ impl<P: Protocol> Running<P> {
             drive, held, seat, ..
         } = &mut *self;
         let end = drive.run(seat.load(), || held.claim.heard()).await;
-        drive.tun.finish_lane(&mut drive.totals.outbound).await;
+        drive.tun.finish_aside(&mut drive.totals.outbound).await;
         drive.publish();
         Box::pin(self.finish(end)).await;
     }

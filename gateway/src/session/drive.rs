@@ -14,6 +14,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use rvpn_acks::LOOK;
 use rvpn_proto::queue::{Buffer, Pace, Stride};
 use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -227,14 +228,13 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
 
     /// Has a part of the work done by another thread while there is too much of it.
     fn share(&mut self, load: &Load) {
-        let side = &mut self.totals.outbound;
         match load.acks() {
-            Some(writer) if self.unfinished => self.tun.open_lane(writer),
+            Some(writer) if self.unfinished => self.tun.open_aside(writer),
             Some(_) => {}
-            None => self.tun.close_lane(side),
+            None => self.tun.aside.close(),
         }
         self.unfinished = false;
-        self.tun.count_lane(side);
+        self.tun.count_aside(&mut self.totals.outbound);
     }
 
     /// Client to device.
@@ -426,6 +426,9 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         {
             self.set_alarm(due);
         }
+        if self.tun.aside.is_open() && self.alarm > now + LOOK {
+            self.set_alarm(now + LOOK);
+        }
         while self.timer.as_mut().poll(cx).is_ready() {
             if now.saturating_duration_since(self.heard) >= self.patience.silence {
                 return Poll::Ready(End::Lost("no sign of life from the client"));
@@ -450,8 +453,11 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
             if self.flushing || self.carriage.due().is_some_and(|due| due <= now) {
                 cx.waker().wake_by_ref();
             }
-            self.carriage.relax();
-            self.tun.close_lane(&mut self.totals.outbound);
+            self.tun.aside.look();
+            // Not in the middle of much.
+            if !self.tun.aside.is_open() {
+                self.carriage.relax();
+            }
             let next = self.next_alarm(now);
             self.set_alarm(next);
         }
@@ -468,6 +474,9 @@ impl<T: Transport, C: Carriage> Drive<T, C> {
         }
         if let Some(due) = self.carriage.due() {
             next = next.min(due);
+        }
+        if self.tun.aside.is_open() {
+            next = next.min(now + LOOK);
         }
         next.max(now + Duration::from_millis(1))
     }

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-use rvpn_acks::{Lane, Writer};
+use rvpn_acks::{Aside, Writer};
 use rvpn_proto::gso::{VIRTIO_LEN, rebuild, shorten, size, trim};
 use rvpn_proto::packet::{Parsed, parse};
 use rvpn_proto::queue::{Buffer, Next, Queue, Settings};
@@ -26,10 +26,10 @@ const MAX_READ: usize = VIRTIO_LEN + 65_535;
 /// The device, as the other half passed it.
 pub(crate) struct Device {
     fd: AsyncFd<File>,
-    /// For acknowledgements, once there was much to do.
-    lane: Option<Lane>,
-    /// Whether there may be one, until it was tried.
-    may_share: bool,
+    /// For acknowledgements, while there is much to do.
+    pub(super) aside: Aside,
+    /// Who writes them, once that was tried: nobody on a single processor.
+    writer: Option<Option<Writer>>,
 }
 
 impl Device {
@@ -38,33 +38,30 @@ impl Device {
         let interest = Interest::READABLE | Interest::ERROR;
         Ok(Device {
             fd: watch(fd, interest)?,
-            lane: None,
-            may_share: true,
+            aside: Aside::default(),
+            writer: None,
         })
     }
 
-    /// Has acknowledgements written by another thread from now on, where there is
-    /// a processor for it.
-    pub(super) fn open_lane(&mut self) {
-        if !std::mem::take(&mut self.may_share) {
-            return;
-        }
-        if available_parallelism().is_ok_and(|n| n.get() > 1) {
-            let lane = Writer::start("rvpn-acks")
-                .and_then(|writer| Ok(writer.lane(self.fd.get_ref().try_clone()?)));
-            // Without it they are written here.
-            self.lane = lane.ok();
+    /// Has acknowledgements written by another thread while there is much to do,
+    /// as there is now, if there is a processor for it.
+    pub(super) fn open_aside(&mut self) {
+        let writer = self.writer.get_or_insert_with(|| {
+            let spare = available_parallelism().is_ok_and(|n| n.get() > 1);
+            spare.then(|| Writer::start("rvpn-acks").ok()).flatten()
+        });
+        if let Some(writer) = writer {
+            let fd = &self.fd;
+            self.aside.open(writer, || fd.get_ref().try_clone());
         }
     }
 
     /// Brings what that thread has done into the count.
-    pub(super) fn count_lane(&mut self, count: &mut Way) {
-        if let Some(lane) = &mut self.lane {
-            let written = lane.written();
-            count.packets += written.packets;
-            count.payload += written.bytes;
-            count.dropped += written.refused + written.down;
-        }
+    pub(super) fn count_aside(&mut self, count: &mut Way) {
+        let written = self.aside.written();
+        count.packets += written.packets;
+        count.payload += written.bytes;
+        count.dropped += written.refused + written.down;
     }
 
     pub(super) fn poll_read(
@@ -107,8 +104,7 @@ impl Device {
         };
         let virtio = virtio.to_bytes();
         // Counted when it is written.
-        let lane = self.lane.as_ref().filter(|_| parsed.is_bare_ack());
-        if lane.is_some_and(|lane| lane.give(&virtio, head)) {
+        if parsed.is_bare_ack(head) && self.aside.give(&virtio, head) {
             return Ok(());
         }
         let parts = [
