@@ -179,8 +179,9 @@ impl<'a> Session<'a> {
             }
             now = Instant::now();
         }
+        let watched = self.watch(cx, &mut carrier.device.aside, now);
         carrier.device.count_aside(&mut carrier.inbound);
-        self.watch(cx, &mut carrier.device.aside, now)
+        watched
     }
 
     /// Gateway to device.
