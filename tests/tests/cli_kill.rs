@@ -1,6 +1,7 @@
 //! Killed clients, and the moments before and after a tunnel.
 
 use std::fs;
+use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -165,6 +166,47 @@ fn cli_04_the_next_up_takes_over_without_a_gap() {
     }
     up.down();
     assert_eq!(machine(phone), before);
+}
+
+#[test]
+fn cli_04_old_rules_go_from_their_end() {
+    let Scene { lab, phone, .. } = &scene();
+    let mut up = phone.up(&["--kill-switch"]);
+    let seen = lab.dir.join("rules");
+    let mut watch = Command::new("ip");
+    watch.args(["-6", "-o", "monitor", "rule"]);
+    watch.stdin(Stdio::null());
+    watch.stdout(fs::File::create(&seen).expect("a file"));
+    let mut watch = phone.ns.daemon(&mut watch);
+    let removed = || -> Vec<u32> {
+        let text = fs::read_to_string(&seen).expect("what was seen");
+        let gone = text.lines().filter_map(|l| l.strip_prefix("Deleted "));
+        let first = gone.filter_map(|l| l.split(':').next());
+        first.filter_map(|n| n.trim().parse().ok()).collect()
+    };
+    // It listens when it hears of this.
+    wait_until("the monitor listens", || {
+        let mark = "-6 rule add pref 99 table main";
+        phone.ns.ip(mark);
+        phone.ns.ip(&mark.replace("add", "del"));
+        removed().contains(&99)
+    });
+    // From each of the two places to the other.
+    for _ in 0..2 {
+        let before = removed().len();
+        up.kill();
+        device_gone(phone);
+        up = phone.up(&["--kill-switch"]);
+        wait_until("the old rules are seen to go", || {
+            removed().len() > before + 6
+        });
+        let order = removed().split_off(before);
+        let order: Vec<_> = order.into_iter().filter(|n| *n != 99).collect();
+        // What lets root see its neighbours is behind what hides them.
+        assert!(order.is_sorted_by(|a, b| a > b), "{order:?}");
+    }
+    watch.kill();
+    up.down();
 }
 
 #[test]

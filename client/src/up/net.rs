@@ -68,7 +68,9 @@ impl Net {
             for rule in rules(*family, plan, place_beside(&old))? {
                 self.rule(rule).await?;
             }
-            for rule in old {
+            // From their end: what lets root see its neighbours may not outlast
+            // what comes before it and sends everything else into the tunnel.
+            for rule in old.into_iter().rev() {
                 self.forget(rule).await?;
             }
             if plan.kill_switch {
