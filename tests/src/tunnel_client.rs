@@ -9,11 +9,14 @@ mod target;
 
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use rvpn_proto::control::{Hello, Message as Control, OFFLOAD, Stage, Welcome};
+use tokio::time::sleep;
 use tokio_tungstenite::tungstenite::Message;
+
+use crate::PATIENCE;
 
 pub use self::ends::{Event, Receiver, Sender};
 pub use self::target::{DIALECTS, Opened, Socket, Speech, Stream, Target};
@@ -51,13 +54,17 @@ pub struct Closed {
 
 impl Session {
     /// Logs in and waits for the addresses; for a raw client these are
-    /// anything it likes, here 127.0.1.2.
-    #[track_caller]
-    pub fn open(target: &Target, speech: Speech, token: &str) -> impl Future<Output = Session> {
-        let login = Login::default();
-        async move {
-            match Session::try_open(target, speech, speech.path(), Some(token), login).await {
-                Ok(session) => session,
+    /// anything it likes, here 127.0.1.2. Told to come again, as on a machine that
+    /// is slow to clean a lease, it does.
+    pub async fn open(target: &Target, speech: Speech, token: &str) -> Session {
+        let begun = Instant::now();
+        loop {
+            let (path, login) = (speech.path(), Login::default());
+            match Session::try_open(target, speech, path, Some(token), login).await {
+                Ok(session) => return session,
+                Err(again) if again.code == 1013 && begun.elapsed() < PATIENCE => {
+                    sleep(Duration::from_millis(200)).await;
+                }
                 Err(closed) => panic!("{speech:?} was not let in: {closed:?}"),
             }
         }

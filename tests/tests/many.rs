@@ -7,9 +7,9 @@ use futures_util::future::join_all;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rvpn_lab::scene::{Scene, number};
 use rvpn_lab::topology::UP4;
-use rvpn_lab::tunnel_client::{Login, Session, Speech, on};
+use rvpn_lab::tunnel_client::{Session, Speech, on};
 use rvpn_lab::wait_until;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 const ALL: usize = 1000;
 /// For all of them, on a loaded machine with debug assertions.
@@ -27,23 +27,6 @@ async fn persistent(session: &mut Session) {
     }
 }
 
-/// As clients do it: who is told to come again does.
-async fn admitted(scene: &Scene, speech: Speech, account: &str) -> Session {
-    let (token, begun) = (scene.gateway.token(account), Instant::now());
-    loop {
-        let login = Login::default();
-        let path = speech.path();
-        match Session::try_open(&scene.target, speech, path, Some(&token), login).await {
-            Ok(session) => return session,
-            Err(closed) => assert!(
-                closed.code == 1013 && begun.elapsed() < BOUND,
-                "{account}: {closed:?}"
-            ),
-        }
-        sleep(Duration::from_secs(1)).await;
-    }
-}
-
 #[test]
 fn a_thousand_clients_at_once_are_each_answered() {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("limits");
@@ -54,7 +37,7 @@ fn a_thousand_clients_at_once_are_each_answered() {
         let native = Speech::Native { offload: true };
         let names: Vec<String> = (0..ALL).map(|n| format!("account-{n}")).collect();
         let mut sessions: Vec<Session> =
-            join_all(names.iter().map(|name| admitted(&scene, native, name))).await;
+            join_all(names.iter().map(|name| scene.session(native, name))).await;
         let connected = begun.elapsed();
         assert_eq!(scene.gateway.sessions().len(), ALL);
         join_all(sessions.iter_mut().map(persistent)).await;
